@@ -1,0 +1,1 @@
+"""The model zoo: architectures, recipes, stacked training, measured properties."""

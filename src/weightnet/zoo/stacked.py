@@ -1,0 +1,210 @@
+"""Run S models of one shape as a single module of grouped kernels.
+
+`StackedModule` rewrites a module's torch.fx graph so that every convolution becomes one grouped
+convolution over S x channels, every linear layer one batched product, every BatchNorm one over S
+x channels. The S models share no value: what one computes, and whether it overflows, cannot reach
+another. It is checked against the plain modules, one at a time, in tests/zoo/test_stacked.py.
+
+Layouts: images and feature maps are [B, S * channels, height, width] (channels last in memory,
+which is what the CPU's grouped kernels want); after a flatten, [S, B, features]. Every state
+tensor of the stack is [S * d0, ...] where the plain one is [d0, ...], so that a view as [S, d0,
+...] separates the models.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+State = dict[str, Tensor]
+
+_POINTWISE = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Tanh,
+    nn.GELU,
+    nn.SiLU,
+    nn.Identity,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+)
+_POINTWISE_FUNCTIONS = (
+    F.relu,
+    torch.relu,
+    F.adaptive_avg_pool2d,
+    F.silu,
+    F.gelu,
+    operator.add,
+    torch.add,
+)
+
+
+class StackedConv2d(nn.Module):
+    """S convolutions as one grouped convolution: [B, S * inputs, h, w] -> [B, S * outputs, h',
+    w']."""
+
+    def __init__(self, conv: nn.Conv2d, stack: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(conv.weight.repeat(stack, 1, 1, 1))
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.repeat(stack))
+        self.arguments = (conv.stride, conv.padding, conv.dilation, conv.groups * stack)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve each model's channels with its own kernels."""
+        return F.conv2d(x, self.weight, self.bias, *self.arguments)  # type: ignore[arg-type]
+
+
+class StackedLinear(nn.Module):
+    """S linear layers as one batched product: [S, B, inputs] -> [S, B, outputs]."""
+
+    def __init__(self, linear: nn.Linear, stack: int) -> None:
+        super().__init__()
+        self.stack = stack
+        self.weight = nn.Parameter(linear.weight.repeat(stack, 1))
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.repeat(stack))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply each model's rows by its own matrix."""
+        weight = self.weight.view(self.stack, -1, self.weight.shape[1]).transpose(1, 2)
+        if self.bias is None:
+            return torch.bmm(x, weight)
+        return torch.baddbmm(self.bias.view(self.stack, 1, -1), x, weight)
+
+
+class StackedDropout(nn.Module):
+    """Dropout with a probability for each model; its masks come from the given generator."""
+
+    def __init__(self, stack: int) -> None:
+        super().__init__()
+        self.stack = stack
+        self.probability = torch.zeros(stack)
+        self.generator: torch.Generator | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero each entry with its model's probability and rescale the rest; identity in eval
+        mode."""
+        if not self.training or not bool(self.probability.any()):
+            return x
+        keep = 1 - self.probability
+        uniform = torch.rand(x.shape, generator=self.generator, device=x.device)
+        if x.ndim == 3:
+            keep = keep.view(self.stack, 1, 1)
+        else:
+            keep = keep.repeat_interleave(x.shape[1] // self.stack).view(1, -1, 1, 1)
+            uniform = uniform.contiguous(memory_format=torch.channels_last)
+        return x * (uniform < keep) / keep
+
+
+class _Restack(fx.Transformer):
+    """Rewrites the calls whose meaning depends on the layout: flatten and concatenation."""
+
+    def __init__(self, module: fx.GraphModule, stack: int) -> None:
+        super().__init__(module)
+        self.stack = stack
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.flatten:
+            return super().call_function(_flatten, (args[0], self.stack), {})
+        if target is torch.cat:
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            if dim != 1:
+                raise ValueError(
+                    f"a stacked concatenation must join channels (dim 1), however: {dim=}"
+                )
+            return super().call_function(_concatenate, (args[0], self.stack), {})
+        if target not in _POINTWISE_FUNCTIONS:
+            raise ValueError(
+                f"cannot stack the function {target}; add it to weightnet.zoo.stacked"
+            )
+        return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        raise ValueError(f"cannot stack the method {target}; use the torch function in the module")
+
+
+def _flatten(x: Tensor, stack: int) -> Tensor:
+    return x.reshape(len(x), stack, -1).transpose(0, 1)
+
+
+def _concatenate(tensors: Sequence[Tensor], stack: int) -> Tensor:
+    batch, _, height, width = tensors[0].shape
+    parts = [tensor.reshape(batch, stack, -1, height, width) for tensor in tensors]
+    return torch.cat(parts, dim=2).reshape(batch, -1, height, width)
+
+
+def _stacked_layer(layer: nn.Module, stack: int, name: str) -> nn.Module:
+    if isinstance(layer, nn.Conv2d):
+        return StackedConv2d(layer, stack)
+    if isinstance(layer, nn.Linear):
+        return StackedLinear(layer, stack)
+    if isinstance(layer, nn.BatchNorm2d):
+        return nn.BatchNorm2d(
+            layer.num_features * stack, layer.eps, layer.momentum, dtype=layer.weight.dtype
+        )
+    if isinstance(layer, nn.Dropout):
+        return StackedDropout(stack)
+    if isinstance(layer, _POINTWISE):
+        layer = copy.deepcopy(layer)
+        if hasattr(layer, "inplace"):
+            layer.inplace = False  # autograd and shared inputs; costs nothing measurable
+        return layer
+    raise ValueError(
+        f"cannot stack {type(layer).__name__} at {name}; add it to weightnet.zoo.stacked"
+    )
+
+
+def graph_text(module: nn.Module) -> str:
+    """The traced forward computation and its layers as text: equal for equal architectures."""
+    traced = fx.symbolic_trace(module)
+    return "\n".join([traced.code, *(f"{n}: {m}" for n, m in traced.named_modules() if n)])
+
+
+class StackedModule(nn.Module):
+    """S models of ``module``'s shape. `load` fills it from plain state dicts, `states` reads them
+    back."""
+
+    def __init__(self, module: nn.Module, stack: int) -> None:
+        super().__init__()
+        traced = fx.symbolic_trace(copy.deepcopy(module))
+        for name, layer in list(traced.named_modules()):
+            if name and not list(layer.children()) and not isinstance(layer, nn.Sequential):
+                traced.set_submodule(name, _stacked_layer(layer, stack, name))
+        self.stack = stack
+        self.module = _Restack(traced, stack).transform()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [S, B, channels, height, width] -> logits [S, B, C]."""
+        x = images.transpose(0, 1).flatten(1, 2)
+        return self.module(x.contiguous(memory_format=torch.channels_last))
+
+    def set_dropout(self, probabilities: Tensor, generator: torch.Generator) -> None:
+        """Give each model its dropout probability [S]."""
+        for layer in self.modules():
+            if isinstance(layer, StackedDropout):
+                layer.probability, layer.generator = probabilities, generator
+
+    def stacked_state(self) -> State:
+        """Views of every float state tensor as [S, d0, ...], by the plain module's names."""
+        return {
+            name: tensor.detach().view(self.stack, -1, *tensor.shape[1:])
+            for name, tensor in self.module.state_dict(keep_vars=True).items()
+            if tensor.is_floating_point()
+        }
+
+    @torch.no_grad()
+    def load(self, states: Sequence[State]) -> None:
+        """Copy S plain state dicts into the stack."""
+        for name, view in self.stacked_state().items():
+            view.copy_(torch.stack([state[name] for state in states]))
+
+    def states(self) -> list[State]:
+        """Copies of the S plain state dicts (floating-point tensors)."""
+        stacked = self.stacked_state()
+        return [{n: t[i].clone() for n, t in stacked.items()} for i in range(self.stack)]

@@ -1,0 +1,130 @@
+"""The work unit of zoo training: one stack, from its recipes to its folder; and the executor that
+runs them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from weightnet.tasks import load_task
+from weightnet.zoo import properties as properties_module
+from weightnet.zoo import training as training_module
+from weightnet.zoo.architectures import build
+from weightnet.zoo.properties import PropertyConfig, measure_properties
+from weightnet.zoo.stacked import StackedModule, graph_text
+from weightnet.zoo.store import write_stack
+from weightnet.zoo.training import train_stack
+
+
+@dataclass(frozen=True)
+class Stack:
+    """S recipes of one shape, what to measure of them, and where the result goes."""
+
+    recipes: pd.DataFrame
+    properties: tuple[str, ...]
+    config: PropertyConfig
+    folder: Path
+
+    def train(self) -> None:
+        """Train, measure and write the stack. The same stack gives the same bytes."""
+        first = self.recipes.iloc[0]
+        task = load_task(first["task"])
+        module = build(first["family"], **json.loads(first["arguments"]))
+        device = default_device()
+        trained = train_stack(module, self.recipes, task, device)
+        stack = StackedModule(module, len(self.recipes)).to(device)
+        stack.load(trained.states)
+        measured = measure_properties(
+            stack, self.recipes, task, list(self.properties), self.config
+        )
+        networks = self.recipes[["run"]].reset_index(drop=True)
+        networks["diverged_at"] = trained.diverged_at
+        write_stack(self.folder, pd.concat([networks, measured], axis=1), trained.states)
+
+
+def plan_stacks(
+    recipes: pd.DataFrame, properties: list[str], config: PropertyConfig, folder: Path
+) -> list[Stack]:
+    """Group a family's recipes into stacks whose folder names are the hash of all that determines
+    them: recipes, traced architecture, task data, properties, and the code that trains and
+    measures."""
+    stacks = []
+    for _, rows in recipes.groupby("stack", sort=False):
+        first = rows.iloc[0]
+        content = [
+            rows.to_json(orient="records", double_precision=15),
+            graph_text(build(first["family"], **json.loads(first["arguments"]))),
+            load_task(first["task"]).digest(),
+            json.dumps([properties, config.model_dump()], sort_keys=True),
+            *(Path(str(m.__file__)).read_text() for m in (training_module, properties_module)),
+        ]
+        key = hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
+        stacks.append(Stack(rows.reset_index(drop=True), tuple(properties), config, folder / key))
+    return stacks
+
+
+Executor = Callable[[list[Stack]], Iterator[tuple[Stack, Exception | None]]]
+"""Runs stacks anywhere, in any order, and yields each as it is done, with its error if it failed.
+A cluster engine plugs in by one more entry in EXECUTORS."""
+
+
+def run_local(stacks: list[Stack]) -> Iterator[tuple[Stack, Exception | None]]:
+    """Run stacks in one single-threaded process per core (environment variable WEIGHTNET_JOBS
+    overrides).
+
+    Small kernels gain nothing from two threads; two processes use two cores fully.
+    """
+    jobs = min(default_jobs(), len(stacks))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_single_threaded) as pool:
+        futures = {pool.submit(stack.train): stack for stack in stacks}
+        for future in as_completed(futures):
+            error = future.exception()
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            yield futures[future], error
+
+
+EXECUTORS: dict[str, Executor] = {"local": run_local}
+
+
+def default_executor() -> Executor:
+    """The executor named by the environment variable WEIGHTNET_EXECUTOR (default: local)."""
+    name = os.environ.get("WEIGHTNET_EXECUTOR", "local")
+    if name not in EXECUTORS:
+        raise ValueError(
+            f"WEIGHTNET_EXECUTOR must be one of {', '.join(EXECUTORS)}, however: {name!r}"
+        )
+    return EXECUTORS[name]
+
+
+def default_device() -> str:
+    """The device named by the environment variable WEIGHTNET_DEVICE, else CUDA where there is
+    one."""
+    return os.environ.get("WEIGHTNET_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_jobs() -> int:
+    """Worker processes: WEIGHTNET_JOBS, else one per core (one in all on a GPU)."""
+    text = os.environ.get("WEIGHTNET_JOBS", "")
+    if text:
+        if not text.isdigit() or int(text) < 1:
+            raise ValueError(
+                f"WEIGHTNET_JOBS must be a positive number, however: WEIGHTNET_JOBS={text!r}"
+            )
+        return int(text)
+    return len(os.sched_getaffinity(0)) if default_device() == "cpu" else 1
+
+
+def _single_threaded() -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)

@@ -1,0 +1,273 @@
+"""Train a stack: S runs of one shape at once, each with its own recipe, data and random stream.
+
+A run's initial weights, training images, noisy labels and batch order depend on its recipe alone
+(not on its neighbours in the stack); tests/zoo/test_training.py checks a stack against
+torch.optim, one run at a time. Runs leave the stack as they end. A run whose loss is no longer
+finite leaves it too, marked as diverged, with the last weights seen to give a finite loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from weightnet.randomness import derive_seed, numpy_generator, torch_generator
+from weightnet.tasks import Task
+from weightnet.zoo.stacked import StackedModule, State
+
+MOMENTUM = 0.9
+BETA_SQUARE = 0.999
+EPSILON = 1e-8
+SNAPSHOT_STEPS = 10
+
+Recipe = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainedStack:
+    """What training leaves: plain state dicts, and which runs diverged (at which step; -1: none
+    did)."""
+
+    states: list[State]
+    diverged_at: list[int]
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, recipe: Recipe) -> None:
+    """Draw a module's initial weights in place: the recipe's scheme, times its scale; biases 0,
+    norms 1."""
+    generator = torch_generator(recipe["seed"], "initialize")
+    schemes = {
+        "kaiming": lambda w: nn.init.kaiming_normal_(w, nonlinearity="relu", generator=generator),
+        "xavier": lambda w: nn.init.xavier_uniform_(w, generator=generator),
+        "orthogonal": lambda w: nn.init.orthogonal_(w, generator=generator),
+    }
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            schemes[recipe["initialization"]](layer.weight)
+            layer.weight.mul_(recipe["initialization_scale"])
+            if layer.bias is not None:
+                layer.bias.zero_()
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.reset_parameters()
+
+
+def training_subset(recipe: Recipe, task: Task) -> tuple[Tensor, Tensor]:
+    """The run's training images as indices [N] and its labels [N], a part of them replaced at
+    random.
+
+    Label noise p gives each image, with probability p, a label drawn uniformly over the C classes.
+    """
+    generator = numpy_generator(recipe["seed"], "subset")
+    indices = np.sort(generator.permutation(len(task.train_labels))[: recipe["train_images"]])
+    labels = task.train_labels.numpy()[indices].copy()
+    noisy = generator.random(len(labels)) < recipe["label_noise"]
+    labels[noisy] = generator.integers(task.classes, size=int(noisy.sum()))
+    return torch.from_numpy(indices), torch.from_numpy(labels)
+
+
+def batch_order(recipe: Recipe) -> Tensor:
+    """Positions in the run's training subset, int64 [steps, batch]: a stream of shuffled
+    epochs."""
+    generator = numpy_generator(recipe["seed"], "batches")
+    needed = recipe["steps"] * recipe["batch_size"]
+    epochs = -(-needed // recipe["train_images"])
+    stream = np.concatenate([generator.permutation(recipe["train_images"]) for _ in range(epochs)])
+    return torch.from_numpy(stream[:needed].reshape(recipe["steps"], recipe["batch_size"]))
+
+
+def shift_order(recipe: Recipe) -> Tensor:
+    """Augmentation: how far each image is shifted, int64 [steps, batch, 2], in pixels of -a ..
+    a."""
+    generator = numpy_generator(recipe["seed"], "shifts")
+    reach = recipe["augmentation"]
+    size = (recipe["steps"], recipe["batch_size"], 2)
+    return torch.from_numpy(generator.integers(-reach, reach, size=size, endpoint=True))
+
+
+def shift(images: Tensor, offsets: Tensor, reach: int) -> Tensor:
+    """Shift each image [B, channels, height, width] by its offsets [B, 2], filling with the
+    edge."""
+    if reach == 0:
+        return images
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (reach, reach, reach, reach), mode="replicate")
+    rows = (offsets[:, 0, None] + reach + torch.arange(height))[:, None, :, None]
+    columns = (offsets[:, 1, None] + reach + torch.arange(width))[:, None, None, :]
+    channels = torch.arange(images.shape[1])[None, :, None, None]
+    return padded[torch.arange(len(images))[:, None, None, None], channels, rows, columns]
+
+
+class _Run:
+    """One run's data: what it trains on, in which order."""
+
+    def __init__(self, recipe: Recipe, task: Task, images: Tensor) -> None:
+        self.recipe = recipe
+        self.indices, self.labels = training_subset(recipe, task)
+        self.images = images
+        self.order = batch_order(recipe)
+        self.shifts = shift_order(recipe) if recipe["augmentation"] else None
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        positions = self.order[step]
+        images = self.images[self.indices[positions]]
+        if self.shifts is not None:
+            images = shift(images, self.shifts[step], self.recipe["augmentation"])
+        return images, self.labels[positions]
+
+
+class _Optimizer:
+    """SGD with momentum and AdamW side by side on one [S, parameters] matrix, as torch.optim
+    computes them, under a cosine schedule to zero."""
+
+    def __init__(
+        self, recipes: list[Recipe], parameters: list[Tensor], device: torch.device
+    ) -> None:
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=parameters[0].dtype, device=device)[:, None]
+
+        adam = [recipe["optimizer"] == "adamw" for recipe in recipes]
+        self.adam = torch.tensor(adam, device=device)[:, None]
+        self.rate = column([recipe["learning_rate"] for recipe in recipes])
+        decay = [recipe["weight_decay"] for recipe in recipes]
+        self.coupled = column([0.0 if a else d for a, d in zip(adam, decay, strict=True)])
+        self.decoupled = column([d if a else 0.0 for a, d in zip(adam, decay, strict=True)])
+        self.gain = column([1 - MOMENTUM if a else 1.0 for a in adam])
+        self.steps = column([float(recipe["steps"]) for recipe in recipes])
+        self.sizes = [p[0].numel() for p in parameters]
+        self.weights = torch.cat([p.detach().flatten(1) for p in parameters], dim=1)
+        self.first = torch.zeros_like(self.weights)
+        self.second = torch.zeros_like(self.weights)
+
+    def step(self, t: int, gradients: list[Tensor]) -> None:
+        """Update ``weights`` by the gradients (each [S, ...]) of step ``t`` (from 0)."""
+        gradient = torch.cat([g.flatten(1) for g in gradients], dim=1)
+        gradient.addcmul_(self.weights, self.coupled)
+        self.first.mul_(MOMENTUM).addcmul_(gradient, self.gain)
+        self.second.mul_(BETA_SQUARE).addcmul_(gradient, gradient, value=1 - BETA_SQUARE)
+        root = (self.second / (1 - BETA_SQUARE ** (t + 1))).sqrt_().add_(EPSILON)
+        adam_step = self.first / (1 - MOMENTUM ** (t + 1)) / root
+        direction = torch.where(self.adam, adam_step, self.first)
+        rate = self.rate * 0.5 * (1 + torch.cos(math.pi * t / self.steps))
+        self.weights.mul_(1 - rate * self.decoupled).addcmul_(rate, direction, value=-1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop the models that are not in ``rows``."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value[rows])
+
+
+def train_stack(
+    module: nn.Module, recipes: pd.DataFrame, task: Task, device: str = "cpu"
+) -> TrainedStack:
+    """Train the runs of one shape together.
+
+    Args:
+        module: A module of the shape; its weights are drawn anew, and computed in its dtype.
+        recipes: S rows of `sample_recipes`, of one stack.
+        task: What they learn.
+        device: Where to compute.
+    """
+    rows: list[Recipe] = [
+        {str(k): v for k, v in row.items()} for row in recipes.to_dict("records")
+    ]
+    images = task.normalize(task.train_images).to(next(module.parameters()).dtype)
+    runs = [_Run(recipe, task, images) for recipe in rows]
+    states: list[State] = []
+    for recipe in rows:
+        initialize(module, recipe)
+        states.append(
+            {n: t.clone() for n, t in module.state_dict().items() if t.is_floating_point()}
+        )
+    diverged_at = [-1] * len(rows)
+    dropout = torch_generator("dropout", *(recipe["run"] for recipe in rows))
+    alive = list(range(len(rows)))
+    stack = _make_stack(
+        module, [states[i] for i in alive], [rows[i] for i in alive], dropout, device
+    )
+    views = _parameter_views(stack)
+    optimizer = _Optimizer([rows[i] for i in alive], views, torch.device(device))
+    safe = {i: states[i] for i in alive}  # last weights seen to give a finite loss
+    step = 0
+    while alive:
+        batches = [runs[i].batch(step) for i in alive]
+        inputs = torch.stack([batch for batch, _ in batches]).to(device)
+        targets = torch.stack([labels for _, labels in batches]).to(device)
+        logits = stack(inputs)
+        losses = (
+            F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            .view(len(alive), -1)
+            .mean(1)
+        )
+        finite = torch.isfinite(losses.detach())
+        if step % SNAPSHOT_STEPS == 0:
+            for row, state in enumerate(stack.states()):
+                if finite[row] and all(bool(torch.isfinite(t).all()) for t in state.values()):
+                    safe[alive[row]] = state
+        gradients = torch.autograd.grad(losses.sum(), list(stack.parameters()))
+        optimizer.step(step, [g.view_as(view) for g, view in zip(gradients, views, strict=True)])
+        _write_back(optimizer, views)
+        step += 1
+        ended = [bool(~finite[row]) or rows[i]["steps"] <= step for row, i in enumerate(alive)]
+        if not any(ended):
+            continue
+        current = stack.states()
+        for row, i in enumerate(alive):
+            if not ended[row] or (finite[row] and _is_sound(module, current[row], inputs[row])):
+                states[i] = current[row]
+            else:
+                states[i], diverged_at[i] = safe[i], step - 1
+        keep = [row for row in range(len(alive)) if not ended[row]]
+        alive = [alive[row] for row in keep]
+        if alive:
+            optimizer.keep(torch.tensor(keep, device=device))
+            stack = _make_stack(
+                module, [states[i] for i in alive], [rows[i] for i in alive], dropout, device
+            )
+            views = _parameter_views(stack)
+    return TrainedStack([{n: t.cpu() for n, t in state.items()} for state in states], diverged_at)
+
+
+def _make_stack(
+    module: nn.Module,
+    states: list[State],
+    rows: list[Recipe],
+    dropout: torch.Generator,
+    device: str,
+) -> StackedModule:
+    stack = StackedModule(module, len(states)).to(device)
+    stack.load(states)
+    if torch.device(device).type != "cpu":
+        dropout = torch.Generator(device).manual_seed(
+            derive_seed(int(dropout.initial_seed()), device)
+        )
+    stack.set_dropout(torch.tensor([row["dropout"] for row in rows], device=device), dropout)
+    return stack.train()
+
+
+def _parameter_views(stack: StackedModule) -> list[Tensor]:
+    return [p.detach().view(stack.stack, -1, *p.shape[1:]) for p in stack.parameters()]
+
+
+def _write_back(optimizer: _Optimizer, views: list[Tensor]) -> None:
+    for view, values in zip(views, optimizer.weights.split(optimizer.sizes, dim=1), strict=True):
+        view.copy_(values.view_as(view))
+
+
+@torch.no_grad()
+def _is_sound(module: nn.Module, state: State, images: Tensor) -> bool:
+    plain = {name: tensor.to(images.device) for name, tensor in state.items()}
+    was_training = module.training
+    module.to(images.device).eval()
+    logits = torch.func.functional_call(module, plain, (images,))
+    module.train(was_training)
+    return bool(torch.isfinite(logits).all())
