@@ -56,3 +56,20 @@ def require(path: Path, stage: str) -> Path:
     if not path.exists():
         raise ValueError(f"{path} must exist, however: it is missing; run `dvc repro {stage}`")
     return path
+
+
+def load_names(key: str) -> list[str]:
+    """Load one of the matrix lists of params.yaml: families, predictors or splits.
+
+    Raises:
+        ValueError: if it is missing, empty, repeats a name, or is not a list of names.
+    """
+    names = read_params(PARAMS_FILE).get(key)
+    if (
+        not isinstance(names, list)
+        or not names
+        or not all(isinstance(name, str) for name in names)
+        or len(set(names)) != len(names)
+    ):
+        raise ValueError(f"params key {key} must be a list of distinct names, however: {names!r}")
+    return list(names)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from weightnet.compute import default_device, default_jobs
 from weightnet.tasks import load_task
 from weightnet.zoo import properties as properties_module
 from weightnet.zoo import training as training_module
@@ -39,7 +40,7 @@ class Stack:
         first = self.recipes.iloc[0]
         task = load_task(first["task"])
         module = build(first["family"], **json.loads(first["arguments"]))
-        device = default_device()
+        device = str(default_device())
         trained = train_stack(module, self.recipes, task, device)
         stack = StackedModule(module, len(self.recipes)).to(device)
         stack.load(trained.states)
@@ -105,24 +106,6 @@ def default_executor() -> Executor:
             f"WEIGHTNET_EXECUTOR must be one of {', '.join(EXECUTORS)}, however: {name!r}"
         )
     return EXECUTORS[name]
-
-
-def default_device() -> str:
-    """The device named by the environment variable WEIGHTNET_DEVICE, else CUDA where there is
-    one."""
-    return os.environ.get("WEIGHTNET_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def default_jobs() -> int:
-    """Worker processes: WEIGHTNET_JOBS, else one per core (one in all on a GPU)."""
-    text = os.environ.get("WEIGHTNET_JOBS", "")
-    if text:
-        if not text.isdigit() or int(text) < 1:
-            raise ValueError(
-                f"WEIGHTNET_JOBS must be a positive number, however: WEIGHTNET_JOBS={text!r}"
-            )
-        return int(text)
-    return len(os.sched_getaffinity(0)) if default_device() == "cpu" else 1
 
 
 def _single_threaded() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from weightnet.zoo.stacked import State
@@ -46,7 +46,7 @@ def write_stack(folder: Path, networks: pd.DataFrame, states: list[State]) -> No
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     stacked = {n: torch.stack([state[n] for state in states]).contiguous() for n in states[0]}
-    save_file(stacked, temporary / _FILES[0])
+    (temporary / _FILES[0]).write_bytes(save(stacked))
     networks.to_parquet(temporary / _FILES[1], index=False)
     manifest = {name: _checksum(temporary / name) for name in _FILES}
     (temporary / "manifest.json").write_text(json.dumps(manifest, sort_keys=True))

@@ -1,0 +1,290 @@
+"""What every predictor is: fit on networks, predict properties with intervals, save to and load
+from a folder.
+
+`Predictor` does what all have in common, once: it checks and standardizes the targets, calibrates
+the intervals on the validation networks, and writes folders atomically. A predictor adds four
+steps: ``_train``, ``_estimate``, ``_write``, ``_read``. Targets may be missing (NaN: a diverged
+run, an imported zoo without that property); each property uses the networks that have it, and
+predictions are given for all networks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from weightnet.params import Params
+from weightnet.predictors.calibration import LEVEL, conformal_factors
+from weightnet.predictors.scaling import Array, Standardizer
+
+if TYPE_CHECKING:
+    from weightnet.tokens import Networks
+
+Log = Callable[[dict[str, float], int], None]
+"""Called with metrics by name and a step: the epoch, or the candidate of a search."""
+
+FORMAT = 1
+_LIMIT = 6.0  # training targets are limited to this many standard deviations
+_SPREAD = 1e-6  # least spread, in standard deviations of the property
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted properties of B networks, float64 [B, P] each, in the units of the properties.
+
+    ``low`` and ``high`` bound the 90% split-conformal interval. Nothing is clipped to a property's
+    range: an accuracy may be predicted above 1, and with fewer than 9 validation networks
+    intervals are infinite.
+    """
+
+    properties: tuple[str, ...]
+    mean: Array
+    low: Array
+    high: Array
+
+
+class Predictor(ABC):
+    """A predictor of ``properties`` from networks; see the module docstring.
+
+    Args:
+        name: the name in the registry.
+        config: its section of params.yaml.
+        properties: the P properties to predict, without the prefix ``property.``.
+        seed: makes everything random reproducible.
+
+    Raises:
+        ValueError: if ``properties`` is empty or repeats a name.
+    """
+
+    def __init__(self, name: str, config: Params, properties: Sequence[str], seed: int) -> None:
+        if not properties or len(set(properties)) != len(properties):
+            raise ValueError(
+                f"properties must be distinct names, at least one, "
+                f"however: properties={list(properties)}"
+            )
+        self.name, self.config, self.properties, self.seed = name, config, tuple(properties), seed
+        self._targets: Standardizer | None = None
+        self._factors: Array = np.full(len(properties), np.inf)
+
+    def fit(
+        self,
+        train: Networks,
+        validation: Networks,
+        *,
+        log: Log | None = None,
+        checkpoint: Path | None = None,
+    ) -> Self:
+        """Train on ``train``; tune, stop early and calibrate the intervals on ``validation``.
+
+        Args:
+            log: receives metrics as training goes; after a resume, those of before as well.
+            checkpoint: folder for the state of unfinished training, for predictors that train
+                long; a fit that finds its own state there continues as if it had never stopped.
+
+        Raises:
+            ValueError: if a property is unknown, or measured on no training network.
+        """
+        measured, held_out = self._measured(train), self._measured(validation)
+        for name, count in zip(self.properties, np.isfinite(measured).sum(axis=0), strict=True):
+            if count == 0:
+                raise ValueError(
+                    f"property {name} must be measured on at least one training network, "
+                    f"however: it is missing on all {len(train)}; remove it from the properties, "
+                    f"or choose another split"
+                )
+        self._targets = Standardizer.fit(measured, _LIMIT)
+        self._train(
+            train,
+            self._targets.transform(measured),
+            validation,
+            self._targets.transform(held_out),
+            log=log,
+            checkpoint=checkpoint,
+        )
+        mean, spread = self._estimate_in_units(validation)
+        self._factors = conformal_factors(held_out, mean, spread, LEVEL)
+        return self
+
+    def predict(self, networks: Networks) -> Prediction:
+        """Predict all properties of ``networks``, whether or not they were ever measured.
+
+        Raises:
+            ValueError: if the predictor was never fitted.
+        """
+        mean, spread = self._estimate_in_units(networks)
+        reach = self._factors * spread
+        return Prediction(self.properties, mean, mean - reach, mean + reach)
+
+    def save(self, folder: Path) -> None:
+        """Write the fitted predictor to ``folder``, replacing it as a whole (JSON, safetensors,
+        text).
+
+        Raises:
+            ValueError: if the predictor was never fitted.
+        """
+        targets = self._fitted()
+        with replace_folder(folder) as temporary:
+            described = {
+                "format": FORMAT,
+                "name": self.name,
+                "properties": list(self.properties),
+                "seed": self.seed,
+                "config": self.config.model_dump(mode="json"),
+            }
+            write_json(temporary / "predictor.json", described)
+            arrays = {"center": targets.center, "scale": targets.scale, "factors": self._factors}
+            write_arrays(temporary / "calibration.safetensors", arrays)
+            self._write(temporary)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote; called on `Predictor`, any predictor.
+
+        Raises:
+            ValueError: if the folder holds no predictor, one of another format, or one of another
+            class.
+        """
+        from weightnet.predictors.registry import build
+
+        described = read_description(folder)
+        loaded = build(
+            described["name"], described["config"], described["properties"], described["seed"]
+        )
+        if not isinstance(loaded, cls):
+            raise ValueError(f"{folder} must hold a {cls.__name__}, however: name={loaded.name}")
+        arrays = read_arrays(folder / "calibration.safetensors")
+        loaded._targets = Standardizer(arrays["center"], arrays["scale"], _LIMIT)
+        loaded._factors = arrays["factors"]
+        loaded._read(folder)
+        return loaded
+
+    @abstractmethod
+    def _train(
+        self,
+        train: Networks,
+        targets: Array,
+        validation: Networks,
+        validation_targets: Array,
+        *,
+        log: Log | None,
+        checkpoint: Path | None,
+    ) -> None:
+        """Learn from standardized targets [B, P], NaN where missing."""
+
+    @abstractmethod
+    def _estimate(self, networks: Networks) -> tuple[Array, Array]:
+        """Return mean and spread [B, P], standardized; a predictor without spread returns ones."""
+
+    @abstractmethod
+    def _write(self, folder: Path) -> None:
+        """Write what was learned into ``folder``; no file may depend on anything but that."""
+
+    @abstractmethod
+    def _read(self, folder: Path) -> None:
+        """Read what `_write` wrote."""
+
+    def _measured(self, networks: Networks) -> Array:
+        frame = networks.frame
+        missing = [name for name in self.properties if f"property.{name}" not in frame.columns]
+        if missing:
+            known = [
+                c.removeprefix("property.") for c in frame.columns if c.startswith("property.")
+            ]
+            raise ValueError(
+                f"properties must be among those measured ({', '.join(known)}), "
+                f"however: {', '.join(missing)}"
+            )
+        columns = [f"property.{name}" for name in self.properties]
+        values: Array = frame[columns].to_numpy(dtype=np.float64, na_value=np.nan)
+        return np.where(np.isfinite(values), values, np.nan)
+
+    def _fitted(self) -> Standardizer:
+        if self._targets is None:
+            raise ValueError(
+                f"predictor {self.name} must be fitted or loaded first, however: it is new"
+            )
+        return self._targets
+
+    def _estimate_in_units(self, networks: Networks) -> tuple[Array, Array]:
+        targets = self._fitted()
+        if len(networks) == 0:
+            return np.zeros((0, len(self.properties))), np.zeros((0, len(self.properties)))
+        mean, spread = self._estimate(networks)
+        return targets.inverse(mean), np.maximum(spread, _SPREAD) * targets.scale
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return name, properties, seed and config of the predictor saved in ``folder``.
+
+    Raises:
+        ValueError: if the folder holds no predictor, or one of another format.
+    """
+    path = folder / "predictor.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} must hold a saved predictor, however: {path} does not exist")
+    described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if described.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} must have format {FORMAT}, however: format={described.get('format')}; "
+            f"train it again"
+        )
+    return described
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty sibling of ``folder`` that takes its place when the block succeeds."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()  # unlike mkdtemp's folder, with the permissions of the user's umask
+        yield new
+        if folder.exists():
+            os.rename(folder, old)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if old.exists():
+                os.rename(old, folder)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write ``data`` as JSON with a fixed layout."""
+    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write arrays by name as safetensors."""
+    from safetensors.numpy import save
+
+    # not save_file: it makes a file that only its owner can read
+    path.write_bytes(save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
+
+
+def read_arrays(path: Path) -> dict[str, Array]:
+    """Read what `write_arrays` wrote.
+
+    Raises:
+        ValueError: if the file is missing or broken.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} must be a safetensors file, however: {error}") from None

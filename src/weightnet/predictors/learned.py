@@ -1,0 +1,141 @@
+"""Predictors that are torch modules: a `Reader` makes batches of networks, one loop fits them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from weightnet.params import Params
+from weightnet.predictors.fitting import (
+    Batches,
+    Examples,
+    FitConfig,
+    fit_module,
+    run_module,
+    seeded,
+)
+from weightnet.predictors.interface import Log, Predictor, read_arrays, write_arrays
+from weightnet.predictors.progress import Show, show_progress
+from weightnet.predictors.scaling import Array
+from weightnet.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from weightnet.tokens import Networks
+
+
+class Reader(Protocol):
+    """What a torch predictor knows about networks."""
+
+    def prepare(self, train: Networks) -> None:
+        """Measure on the training networks what batches need, such as the scale of features."""
+
+    def batches(self, networks: Networks, *, training: bool) -> Batches:
+        """Read ``networks``; ``training`` allows augmentation, drawn from torch's generator."""
+
+    def module(self, properties: int) -> nn.Module:
+        """Return a new module, drawn from torch's generator: batch -> mean, log_sigma [B, P]."""
+
+    def write(self, folder: Path) -> None:
+        """Write what `prepare` measured."""
+
+    def read(self, folder: Path) -> None:
+        """Read what `write` wrote."""
+
+
+class ModulePredictor(Predictor):
+    """One or more modules (``fit.members``) fitted on what ``reader`` reads; their average
+    predicts.
+
+    The spread is the standard deviation of the mixture of the members' Gaussians.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: Params,
+        properties: Sequence[str],
+        seed: int,
+        *,
+        reader: Reader,
+        fit: FitConfig,
+    ) -> None:
+        super().__init__(name, config, properties, seed)
+        self.reader, self.fit_config = reader, fit
+        self.modules: list[nn.Module] = []
+
+    def _train(
+        self,
+        train: Networks,
+        targets: Array,
+        validation: Networks,
+        validation_targets: Array,
+        *,
+        log: Log | None,
+        checkpoint: Path | None,
+    ) -> None:
+        config = self.fit_config
+        self.reader.prepare(train)
+        examples = Examples(self.reader.batches(train, training=True), torch.from_numpy(targets))
+        held_out = Examples(
+            self.reader.batches(validation, training=False), torch.from_numpy(validation_targets)
+        )
+        self.modules = []
+        for member in range(config.members):
+            label = (
+                self.name if config.members == 1 else f"{self.name} {member + 1}/{config.members}"
+            )
+            with seeded(self.seed, "module", member):
+                module = self.reader.module(len(self.properties))
+            with show_progress(label, config.epochs) as show:
+                fit_module(
+                    module,
+                    examples,
+                    held_out,
+                    config,
+                    seed=derive_seed(self.seed, "fit", member),
+                    log=_member_log(log, member, show),
+                    checkpoint=checkpoint / f"member-{member}.safetensors" if checkpoint else None,
+                )
+            self.modules.append(module)
+
+    def _estimate(self, networks: Networks) -> tuple[Array, Array]:
+        batches = self.reader.batches(networks, training=False)
+        runs = [run_module(module, batches, self.fit_config) for module in self.modules]
+        means = np.stack([mean.numpy() for mean, _ in runs])
+        variances = np.stack([np.exp(2 * log_sigma.numpy()) for _, log_sigma in runs])
+        return means.mean(axis=0), np.sqrt(variances.mean(axis=0) + means.var(axis=0))
+
+    def _write(self, folder: Path) -> None:
+        self.reader.write(folder)
+        for member, module in enumerate(self.modules):
+            state = {name: value.cpu().numpy() for name, value in module.state_dict().items()}
+            write_arrays(folder / f"member-{member}.safetensors", state)
+
+    def _read(self, folder: Path) -> None:
+        self.reader.read(folder)
+        self.modules = []
+        for member in range(self.fit_config.members):
+            with seeded(self.seed, "module", member):
+                module = self.reader.module(len(self.properties))
+            arrays = read_arrays(folder / f"member-{member}.safetensors")
+            module.load_state_dict(
+                {name: torch.from_numpy(array) for name, array in arrays.items()}
+            )
+            self.modules.append(module.eval())
+
+
+def _member_log(log: Log | None, member: int, show: Show) -> Log:
+    """Show metrics and log them; plain names for the first member, whose curves all runs have."""
+    prefix = f"member-{member}/" if member else ""
+
+    def record(metrics: dict[str, float], step: int) -> None:
+        show(metrics)
+        if log is not None:
+            log({prefix + name: value for name, value in metrics.items()}, step)
+
+    return record

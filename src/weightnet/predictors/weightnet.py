@@ -1,0 +1,416 @@
+"""WeightNet: attention over a network's neurons and layers, one head per property.
+
+A network is a set of layers, a layer a set of neurons (tokens). Each block lets the neurons of a
+layer exchange information through a few induced points (Set Transformer, Lee et al. 2019,
+https://arxiv.org/abs/1810.00825), at a cost linear in the layer's width, and then lets the layers'
+summaries attend to each other. Each property reads the layers by an attention of its own, whose
+weights say which layers carry the prediction, beside statistics of the whole network.
+
+Invariance: tokens carry no position inside their layer, and every operation on them is pointwise
+or a sum over a set, so reordering hidden neurons changes nothing but the order of floating-point
+sums. Networks of any depth and width go through one set of weights in one batch: tokens are
+packed, without padding; only the (few) layers are padded and masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from weightnet.params import Params
+from weightnet.predictors.features import Encoder, Features, weight_features
+from weightnet.predictors.fitting import Batches, FitConfig
+from weightnet.predictors.interface import Predictor
+from weightnet.predictors.learned import ModulePredictor
+from weightnet.tokens import ACTIVATIONS, KINDS, TokenFeatures, token_features
+
+if TYPE_CHECKING:
+    from weightnet.tokens import Networks
+
+_LIMIT = 5.0  # standard deviations beyond which features are cut off
+_SCALES = (1.0, 30.0)  # features are read as asinh(scale * x): small and large values both resolve
+
+
+class WeightNetConfig(Params):
+    """The shape of WeightNet and how it is fitted.
+
+    Attributes:
+        width: D, the width of a token's embedding.
+        heads: attention heads, a divisor of ``width``.
+        blocks: how often neurons and then layers exchange information.
+        points: induced points of a layer.
+        dropout: of the blocks and the heads.
+        training_tokens: of a wider layer, so many neurons, drawn anew for each batch, are seen in
+            training; prediction sees all.
+        intra_layer, cross_layer: whether neurons of a layer, and layers, attend to each other.
+        statistics: whether the heads also read statistics of the whole network.
+    """
+
+    width: int = Field(default=64, gt=0)
+    heads: int = Field(default=4, gt=0)
+    blocks: int = Field(default=2, gt=0)
+    points: int = Field(default=4, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    training_tokens: int = Field(default=32, gt=0)
+    intra_layer: bool = True
+    cross_layer: bool = True
+    statistics: bool = True
+    fit: FitConfig = FitConfig(
+        epochs=60, patience=20, batch_size=32, learning_rate=2e-3, weight_decay=0.05
+    )
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Packed tokens of B networks.
+
+    Attributes:
+        values: features [L, F].
+        kind, activation: codes [L].
+        segment: the number of each token's layer among all layers [L], ascending.
+        place: the layer's position in the padded matrix of layers, [layers]: network * depth +
+        layer. depth: layers of the deepest network.
+        statistics: [B, S].
+    """
+
+    values: Tensor
+    kind: Tensor
+    activation: Tensor
+    segment: Tensor
+    place: Tensor
+    depth: int
+    statistics: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        """The batch on ``device``."""
+        moved = {
+            field.name: getattr(self, field.name).to(device)
+            for field in fields(self)
+            if field.name != "depth"
+        }
+        return replace(self, **moved)
+
+
+class InducedAttention(nn.Module):
+    """Neurons of a layer exchange information through ``points`` induced points."""
+
+    def __init__(self, width: int, heads: int, points: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.points = heads, points
+        self.norm = nn.LayerNorm(width)
+        self.queries = nn.Parameter(torch.randn(points, heads, width // heads))
+        self.keys_values = nn.Linear(width, 2 * width)
+        self.point_norm = nn.LayerNorm(width)
+        self.back_queries = nn.Linear(width, width)
+        self.back_keys_values = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, segment: Tensor, layers: int) -> tuple[Tensor, Tensor]:
+        """tokens [L, D] -> tokens [L, D] and the layers' points [layers, points, D]."""
+        size, width = tokens.shape
+        heads = (size, self.heads, width // self.heads)
+        scale = (width // self.heads) ** -0.5
+        keys, values = self.keys_values(self.norm(tokens)).chunk(2, dim=1)
+        scores = torch.einsum("lhd,phd->lph", keys.view(heads), self.queries) * scale
+        weights = segment_softmax(scores.flatten(1), segment, layers).view_as(scores)
+        weighted = torch.einsum("lph,lhd->lphd", weights, values.view(heads)).flatten(1)
+        points = segment_sum(weighted, segment, layers).view(layers, self.points, width)
+        normed = self.point_norm(points)
+        back_keys, back_values = (
+            part.view(layers, self.points, *heads[1:])[segment]
+            for part in self.back_keys_values(normed).chunk(2, dim=2)
+        )
+        queries = self.back_queries(self.norm(tokens)).view(heads)
+        attention = (torch.einsum("lhd,lphd->lph", queries, back_keys) * scale).softmax(dim=1)
+        read = torch.einsum("lph,lphd->lhd", attention, back_values).flatten(1)
+        return tokens + self.dropout(self.out(read)), points
+
+
+class Feedforward(nn.Module):
+    """A residual two-layer perceptron, applied to each row alone."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 2 * width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(2 * width, width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return x + self.body(x)
+
+
+class Block(nn.Module):
+    """Neurons attend inside their layer, layers attend to layers, layers speak to their
+    neurons."""
+
+    def __init__(self, config: WeightNetConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.intra = (
+            InducedAttention(width, config.heads, config.points, config.dropout)
+            if config.intra_layer
+            else None
+        )
+        self.gather = nn.Linear(width * (2 + (config.points if config.intra_layer else 0)), width)
+        self.cross = (
+            nn.MultiheadAttention(width, config.heads, dropout=config.dropout, batch_first=True)
+            if config.cross_layer
+            else None
+        )
+        self.cross_norm = nn.LayerNorm(width)
+        self.layer_forward = Feedforward(width, config.dropout)
+        self.spread = nn.Linear(width, width)
+        self.token_forward = Feedforward(width, config.dropout)
+
+    def forward(
+        self, tokens: Tensor, layers: Tensor, batch: TokenBatch, padding: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """tokens [L, D] and layer summaries [B, depth, D] -> the same, one exchange later."""
+        count = len(batch.place)
+        points = None
+        if self.intra is not None:
+            tokens, points = self.intra(tokens, batch.segment, count)
+        summary = [segment_mean(tokens, batch.segment, count)]
+        summary.append(segment_max(tokens, batch.segment, count))
+        if points is not None:
+            summary.append(points.flatten(1))
+        gathered = self.gather(torch.cat(summary, dim=1))
+        flat = layers.flatten(0, 1)
+        flat = flat.index_add(0, batch.place, gathered)
+        layers = flat.view_as(layers)
+        if self.cross is not None:
+            normed = self.cross_norm(layers)
+            read, _ = self.cross(
+                normed, normed, normed, key_padding_mask=padding, need_weights=False
+            )
+            layers = layers + read
+        layers = self.layer_forward(layers)
+        told = self.spread(layers.flatten(0, 1)[batch.place])
+        return self.token_forward(tokens + told[batch.segment]), layers
+
+
+class WeightNet(nn.Module):
+    """Packed tokens of B networks -> mean and log sigma of P properties, standardized: [B, P]."""
+
+    def __init__(
+        self, features: int, statistics: int, properties: int, config: WeightNetConfig
+    ) -> None:
+        super().__init__()
+        width = config.width
+        self.embed = nn.Sequential(nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
+        self.kind = nn.Embedding(len(KINDS), width)
+        self.activation = nn.Embedding(len(ACTIVATIONS), width)
+        nn.init.normal_(self.kind.weight, std=0.1)
+        nn.init.normal_(self.activation.weight, std=0.1)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.norm = nn.LayerNorm(width)
+        self.read = nn.Linear(width, properties)
+        read = (3 if config.statistics else 2) * width
+        self.statistics = (
+            nn.Sequential(
+                nn.Linear(statistics, 2 * width),
+                nn.LayerNorm(2 * width),
+                nn.GELU(),
+                nn.Dropout(config.dropout),
+                nn.Linear(2 * width, width),
+            )
+            if config.statistics
+            else None
+        )
+        self.hidden = nn.Sequential(
+            nn.LayerNorm(read), nn.Linear(read, width), nn.GELU(), nn.Dropout(config.dropout)
+        )
+        self.head_weight = nn.Parameter(torch.randn(properties, 2, width) * width**-0.5 * 0.1)
+        self.head_bias = nn.Parameter(torch.zeros(properties, 2))
+
+    def forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Return mean and log sigma, [B, P] each."""
+        layers, padding = self._encode(batch)
+        importance = self._importance(layers, padding)
+        count = len(layers)
+        pooled = torch.einsum("bnp,bnd->bpd", importance, layers)
+        known = (~padding).unsqueeze(2).to(layers.dtype)
+        average = (layers * known).sum(dim=1) / known.sum(dim=1)
+        shared = [average]
+        if self.statistics is not None:
+            shared.append(self.statistics(batch.statistics))
+        together = torch.cat(shared, dim=1).unsqueeze(1).expand(-1, pooled.shape[1], -1)
+        hidden = self.hidden(torch.cat([pooled, together], dim=2))
+        out = torch.einsum("bpd,pkd->bpk", hidden, self.head_weight) + self.head_bias
+        assert out.shape[0] == count
+        return out[..., 0], out[..., 1]
+
+    def layer_importance(self, batch: TokenBatch) -> Tensor:
+        """How much each property reads each layer: [B, depth, P], sums to 1 over layers."""
+        return self._importance(*self._encode(batch))
+
+    def _encode(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        tokens = self.embed(batch.values)
+        tokens = tokens + self.kind(batch.kind) + self.activation(batch.activation)
+        count = len(batch.statistics)
+        layers = tokens.new_zeros(count, batch.depth, tokens.shape[1])
+        padding = torch.ones(count * batch.depth, dtype=torch.bool, device=tokens.device)
+        padding[batch.place] = False
+        padding = padding.view(count, batch.depth)
+        for block in self.blocks:
+            tokens, layers = block(tokens, layers, batch, padding)
+        return self.norm(layers), padding
+
+    def _importance(self, layers: Tensor, padding: Tensor) -> Tensor:
+        scores = self.read(layers).masked_fill(padding.unsqueeze(2), -torch.inf)
+        return scores.softmax(dim=1)
+
+
+def segment_sum(values: Tensor, segment: Tensor, segments: int) -> Tensor:
+    """Sum rows [L, K] by segment -> [segments, K]."""
+    return values.new_zeros(segments, values.shape[1]).index_add(0, segment, values)
+
+
+def segment_mean(values: Tensor, segment: Tensor, segments: int) -> Tensor:
+    """Average rows [L, K] by segment -> [segments, K]; no segment may be empty."""
+    counts = torch.bincount(segment, minlength=segments).unsqueeze(1)
+    return segment_sum(values, segment, segments) / counts
+
+
+def segment_max(values: Tensor, segment: Tensor, segments: int) -> Tensor:
+    """Largest of rows [L, K] by segment -> [segments, K]; no segment may be empty."""
+    index = segment.unsqueeze(1).expand_as(values)
+    start = values.new_full((segments, values.shape[1]), -torch.inf)
+    return start.scatter_reduce(0, index, values, "amax", include_self=False)
+
+
+def segment_softmax(scores: Tensor, segment: Tensor, segments: int) -> Tensor:
+    """Softmax of rows [L, K] over each segment, column by column."""
+    top = segment_max(scores.detach(), segment, segments)
+    raised = (scores - top[segment]).exp()
+    return raised / segment_sum(raised, segment, segments)[segment]
+
+
+class TokenReader:
+    """Reads networks as packed token batches, standardized on the training networks."""
+
+    def __init__(self, config: WeightNetConfig, *, responses: bool) -> None:
+        if config.width % config.heads:
+            raise ValueError(
+                f"width must be a multiple of heads, however: width={config.width}, "
+                f"heads={config.heads}"
+            )
+        self.config, self.responses = config, responses
+        self.tokens, self.statistics = Encoder(_LIMIT), Encoder(_LIMIT)
+
+    def prepare(self, train: Networks) -> None:
+        """Measure the scale of each token feature and statistic."""
+        self.tokens.fit(self._token_values(token_features(train)))
+        self.statistics.fit(weight_features(train))
+
+    def batches(self, networks: Networks, *, training: bool) -> Batches:
+        """Read all tokens once; a batch picks the tokens of its networks."""
+        features = token_features(networks)
+        values = self.tokens.transform(self._token_values(features)).astype(np.float32)
+        tokens = _Tokens(
+            features,
+            torch.from_numpy(values),
+            torch.from_numpy(
+                self.statistics.transform(weight_features(networks)).astype(np.float32)
+            ),
+            self.config.training_tokens if training else None,
+        )
+        return Batches(tokens.collate, len(networks), tokens.cost)
+
+    def module(self, properties: int) -> WeightNet:
+        """Return a new WeightNet."""
+        return WeightNet(self.tokens.size, self.statistics.size, properties, self.config)
+
+    def write(self, folder: Path) -> None:
+        """Write the scales."""
+        for name, encoder in (("tokens", self.tokens), ("statistics", self.statistics)):
+            (folder / name).mkdir()
+            encoder.write(folder / name)
+
+    def read(self, folder: Path) -> None:
+        """Read what `write` wrote."""
+        self.tokens.read(folder / "tokens")
+        self.statistics.read(folder / "statistics")
+
+    def _token_values(self, features: TokenFeatures) -> Features:
+        parts = [np.arcsinh(features.values * np.float32(scale)) for scale in _SCALES]
+        names = [f"{name}*{scale:g}" for scale in _SCALES for name in features.names]
+        if self.responses:
+            if features.responses is None:
+                raise ValueError(
+                    "tokens must carry probe responses, however: they carry none; set "
+                    "tokenize_zoo.probes.count above 0 and run `dvc repro tokenize_zoo`"
+                )
+            parts.append(np.arcsinh(features.responses))
+            names += [f"response{i}" for i in range(features.responses.shape[1])]
+        return Features(tuple(names), np.concatenate(parts, axis=1))
+
+
+class _Tokens:
+    """All tokens of some networks in memory, and batches of them."""
+
+    def __init__(
+        self, features: TokenFeatures, values: Tensor, statistics: Tensor, most: int | None
+    ) -> None:
+        self.values, self.statistics, self.most = values, statistics, most
+        self.kind = torch.from_numpy(features.kind)
+        self.activation = torch.from_numpy(features.activation)
+        self.token_offsets = torch.from_numpy(features.token_offsets)
+        self.layer_starts = torch.from_numpy(features.layer_starts)
+        self.segment = torch.from_numpy(features.layer_segment)
+        self.widths = torch.from_numpy(np.diff(features.layer_offsets))
+        seen = self.widths if most is None else self.widths.clamp(max=most)
+        total = torch.cat([torch.zeros(1, dtype=torch.int64), seen.cumsum(0)])
+        self.cost = total[self.layer_starts].diff()
+
+    def collate(self, networks: Tensor) -> TokenBatch:
+        """The batch of these networks."""
+        rows = _ranges(self.token_offsets[networks], self.token_offsets[networks + 1])
+        layers = _ranges(self.layer_starts[networks], self.layer_starts[networks + 1])
+        depths = self.layer_starts[networks + 1] - self.layer_starts[networks]
+        widths = self.widths[layers]
+        segment = torch.arange(len(layers)).repeat_interleave(widths)
+        if self.most is not None and bool((widths > self.most).any()):
+            # Tokens of each layer in random order; keep the first ones.
+            order = torch.argsort(segment + torch.rand(len(segment), dtype=torch.float64))
+            starts = (widths.cumsum(0) - widths).repeat_interleave(widths)
+            kept = order[torch.arange(len(order)) - starts < self.most]
+            rows, segment = rows[kept], segment[kept]
+        depth = int(depths.max())
+        first = torch.arange(len(networks)) * depth
+        place = _ranges(first, first + depths)
+        return TokenBatch(
+            values=self.values[rows],
+            kind=self.kind[rows],
+            activation=self.activation[rows],
+            segment=segment,
+            place=place,
+            depth=depth,
+            statistics=self.statistics[networks],
+        )
+
+
+def _ranges(starts: Tensor, stops: Tensor) -> Tensor:
+    """The integers of several ranges, one after another."""
+    lengths = stops - starts
+    before = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) + (starts - before).repeat_interleave(lengths)
+
+
+def build(name: str, config: WeightNetConfig, properties: Sequence[str], seed: int) -> Predictor:
+    """Return ``weightnet`` or, reading probe responses as well, ``weightnet_probe``."""
+    reader = TokenReader(config, responses=name == "weightnet_probe")
+    return ModulePredictor(name, config, properties, seed, reader=reader, fit=config.fit)

@@ -1,0 +1,29 @@
+"""The symmetries of a network, traced from its module graph, and what can be done with them."""
+
+from weightnet.symmetry.canonicalize import canonicalize
+from weightnet.symmetry.permute import (
+    State,
+    inverse,
+    permute,
+    random_permutation,
+    random_scales,
+    rescale,
+)
+from weightnet.symmetry.spec import Axis, Layer, PermutationSpec, Segment, Space
+from weightnet.symmetry.trace import trace
+
+__all__ = [
+    "Axis",
+    "Layer",
+    "PermutationSpec",
+    "Segment",
+    "Space",
+    "State",
+    "canonicalize",
+    "inverse",
+    "permute",
+    "random_permutation",
+    "random_scales",
+    "rescale",
+    "trace",
+]

@@ -1,0 +1,37 @@
+"""Which canonical form networks are brought to before they become tokens: a choice in params."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from weightnet.params import Params
+from weightnet.randomness import torch_generator
+from weightnet.symmetry.canonicalize import canonicalize
+from weightnet.symmetry.permute import State
+from weightnet.symmetry.spec import PermutationSpec
+
+
+class CanonicalForm(Params):
+    """``order`` of the channels (none, sort, align) and whether to fix their ``scale``.
+
+    ``align`` matches every network to a random one of its architecture, drawn from the spec, so
+    that a single checkpoint is aligned exactly as a zoo is.
+    """
+
+    order: Literal["none", "sort", "align"] = "sort"
+    scale: bool = True
+
+    def apply(self, spec: PermutationSpec, state: State) -> dict[str, torch.Tensor]:
+        """The canonical form of ``state``: the same function."""
+        reference = None
+        if self.order == "align":
+            generator = torch_generator("reference", spec.to_json())
+            reference = {
+                name: torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+                if tensor.is_floating_point()
+                else tensor
+                for name, tensor in state.items()
+            }
+        return canonicalize(spec, state, order=self.order, scale=self.scale, reference=reference)

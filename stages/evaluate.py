@@ -1,0 +1,125 @@
+"""Score every predictor on every split: metrics/."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from pydantic import Field
+
+from weightnet.command import load_names, load_section, reported, require
+from weightnet.evaluation import Evaluation, ScoresConfig, SplitsConfig, sizes, summary
+from weightnet.evaluation.invariance import audit
+from weightnet.params import Params
+from weightnet.predictors import PREDICTORS, Predictor, entry
+from weightnet.predictors.interpretation import layer_importance
+from weightnet.progress import Progress
+from weightnet.randomness import numpy_generator, torch_generator
+from weightnet.symmetry.form import CanonicalForm
+from weightnet.tokens import Networks, read_networks
+
+TOKENS = Path("data/tokens")
+FITTED = Path("data/predictors")
+PREDICTIONS = Path("data/predictions")
+METRICS = Path("metrics")
+
+
+class AuditConfig(Params):
+    """How many networks of each family are permuted and rescaled, and how often each."""
+
+    networks_per_family: int = Field(ge=1)
+    copies: int = Field(ge=1)
+
+
+class EvaluateConfig(Params):
+    """The evaluate section."""
+
+    scores: ScoresConfig
+    audit: AuditConfig
+
+
+def read_predictions(predictors: list[str], splits: list[str]) -> pd.DataFrame:
+    """The test predictions of all predictors on all splits."""
+    frames = []
+    for predictor in predictors:
+        entry(predictor)
+        for split in splits:
+            path = PREDICTIONS / f"{predictor}-{split}.parquet"
+            require(path, f"train_predictor@{predictor}-{split}")
+            frames.append(pd.read_parquet(path).assign(predictor=predictor, split=split))
+    return pd.concat(frames, ignore_index=True)
+
+
+def sample(networks: Networks, per_family: int) -> Networks:
+    """A few networks of each family, drawn reproducibly, for the audit."""
+    chosen: list[int] = []
+    for family, rows in networks.frame.groupby("family"):
+        generator = numpy_generator("audit", str(family))
+        count = min(per_family, len(rows))
+        chosen += sorted(generator.choice(rows.index.to_numpy(), count, replace=False))
+    return networks.select(np.array(chosen))
+
+
+def main() -> None:
+    """Score the predictions of all predictors on all splits, with intervals, floors and controls.
+
+    Reads data/predictions, data/tokens, data/predictors and params.yaml (families, predictors,
+    splits, evaluate, ...), and writes metrics/: summary.json (what `dvc metrics diff` shows),
+    scores.csv, differences.csv, splits.csv, audit.csv, importance.csv.
+    """
+    with reported():
+        config = load_section(EvaluateConfig, "evaluate")
+        form = load_section(CanonicalForm, "tokenize_zoo", "canonical")
+        divided = load_section(SplitsConfig, "train_predictor", "common", "splits")
+        predictors, splits = load_names("predictors"), load_names("splits")
+        networks = read_networks([TOKENS / family for family in load_names("families")])
+        predictions = read_predictions(predictors, splits)
+
+        evaluation = Evaluation(predictions, networks.frame, config.scores)
+        scores = evaluation.scores()
+        ours = [name for name in predictors if PREDICTORS[name].kind == "ours"]
+        differences = evaluation.differences(ours) if ours else None
+        seeds = sorted(predictions["seed"].unique())
+
+        audited = sample(networks, config.audit.networks_per_family)
+        readers = [name for name in predictors if PREDICTORS[name].reads_weights]
+        changes = []
+        with Progress("invariance audit", len(readers), "predictors") as progress:
+            for name in readers:
+                fitted = Predictor.load(FITTED / f"{name}-{splits[0]}" / "seed0")
+                changes.append(
+                    audit(
+                        fitted,
+                        audited,
+                        split=splits[0],
+                        generator=torch_generator("audit", name),
+                        copies=config.audit.copies,
+                        canonicalize=form.apply,
+                    )
+                )
+                progress.advance()
+
+        METRICS.mkdir(exist_ok=True)
+        write_table(scores, "scores.csv")
+        write_table(sizes(networks.frame, splits, seeds, divided), "splits.csv")
+        write_table(pd.concat(changes), "audit.csv")
+        if differences is not None:
+            write_table(differences, "differences.csv")
+        if "weightnet" in predictors:
+            fitted = Predictor.load(FITTED / f"weightnet-{splits[0]}" / "seed0")
+            write_table(layer_importance(fitted, audited), "importance.csv")
+        text = json.dumps(summary(scores), indent=1, sort_keys=True)
+        (METRICS / "summary.json").write_text(text + "\n")
+        typer.echo(f"scored {len(predictors)} predictors on {len(splits)} splits: {METRICS}/")
+
+
+def write_table(table: pd.DataFrame, name: str) -> None:
+    """Write one table of metrics/, six digits."""
+    table.to_csv(METRICS / name, index=False, float_format="%.6g")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    typer.run(main)

@@ -1,0 +1,167 @@
+"""Draw the figures and write the report: plots/, results/results.md, the table in README.md."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import typer
+from matplotlib.figure import Figure
+
+from weightnet.command import load_names, load_section, reported, require
+from weightnet.params import Params
+from weightnet.predictors import PREDICTORS
+from weightnet.report import figures
+from weightnet.report.evidence import Evidence, Picture
+from weightnet.report.names import PredictorInfo, arrange
+from weightnet.report.tables import headline_table, inject
+from weightnet.report.text import write_report
+from weightnet.tokens import read_networks
+
+TOKENS = Path("data/tokens")
+PREDICTIONS = Path("data/predictions")
+CURVES = Path("data/curves")
+METRICS = Path("metrics")
+PLOTS = Path("plots")
+RESULTS = Path("results")
+README = Path("README.md")
+
+
+class PlotConfig(Params):
+    """The plot section."""
+
+    properties: list[str]
+
+
+def read_curves(predictors: list[str], splits: list[str]) -> pd.DataFrame:
+    """The curves of all fits, long format: predictor, split, seed, epoch, metric, value."""
+    frames = []
+    for predictor in predictors:
+        for split in splits:
+            for path in sorted(
+                (CURVES / f"{predictor}-{split}").glob("seed*/plots/metrics/**/*.tsv")
+            ):
+                seed, _, _, *metric = path.relative_to(CURVES / f"{predictor}-{split}").parts
+                curve = pd.read_csv(path, sep="\t")
+                frames.append(
+                    pd.DataFrame(
+                        {
+                            "predictor": predictor,
+                            "split": split,
+                            "seed": int(seed.removeprefix("seed")),
+                            "epoch": curve["step"],
+                            "metric": "/".join(metric).removesuffix(".tsv"),
+                            "value": curve.iloc[:, -1],
+                        }
+                    )
+                )
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=_CURVE)
+
+
+_CURVE = ["predictor", "split", "seed", "epoch", "metric", "value"]
+
+
+def main() -> None:
+    """Draw every figure, write the report, and put the headline table into README.md.
+
+    Reads metrics/, data/tokens, data/predictions, data/curves and params.yaml; writes plots/,
+    results/results.md and the part of README.md between the headline markers.
+    """
+    with reported():
+        config = load_section(PlotConfig, "plot")
+        predictors, splits = load_names("predictors"), load_names("splits")
+        networks = read_networks([TOKENS / name for name in load_names("families")]).frame
+        scores = pd.read_csv(require(METRICS / "scores.csv", "evaluate"))
+        audit = pd.read_csv(require(METRICS / "audit.csv", "evaluate"))
+        predictions = pd.concat(
+            pd.read_parquet(PREDICTIONS / f"{name}-{split}.parquet").assign(
+                predictor=name, split=split
+            )
+            for name in predictors
+            for split in splits
+        )
+        curves = read_curves(predictors, splits)
+        infos = [describe(name) for name in predictors]
+        ours = [info.name for info in infos if info.kind == "ours"]
+        pictures: list[Picture] = []
+
+        def show(figure: Figure, kind: str, name: str = "", **of: str) -> None:
+            name = name or kind
+            figures.save(figure, PLOTS / f"{name}.png")
+            pictures.append(Picture(kind, f"../plots/{name}.png", **of))
+
+        PLOTS.mkdir(exist_ok=True)
+        show(figures.zoo_distributions(networks), "zoo_distributions")
+        show(figures.ceilings(networks, scores), "ceilings")
+        for of in config.properties:
+            tau = figures.tau_with_intervals(scores, infos, property=of)
+            show(tau, "tau_with_intervals", f"tau_{of}", property=of)
+            heat = figures.heatmap(scores, infos, property=of)
+            show(heat, "heatmap", f"heatmap_{of}", property=of)
+        for name in ours:
+            for split in splits:
+                figure = figures.predicted_against_measured(
+                    predictions, networks, predictor=name, split=split, scores=scores
+                )
+                label = f"predicted_{name}_{split}"
+                show(figure, "predicted_against_measured", label, predictor=name, split=split)
+        for split in splits:
+            of = config.properties[0]
+            figure = figures.error_by_family(
+                predictions, networks, infos, property=of, split=split
+            )
+            show(figure, "error_by_family", f"error_{split}", split=split, property=of)
+            show(
+                figures.training_curves(curves, split=split),
+                "training_curves",
+                f"curves_{split}",
+                split=split,
+            )
+        importance = METRICS / "importance.csv"
+        if importance.exists() and ours:
+            table = pd.read_csv(importance)
+            for of in table["property"].unique():
+                show(
+                    figures.layer_importance(table, property=of),
+                    "layer_importance",
+                    f"importance_{of}",
+                    predictor=ours[0],
+                    property=of,
+                )
+        show(figures.invariance(audit, infos), "invariance")
+
+        curves.to_csv(PLOTS / "curves.csv", index=False, float_format="%.6g")
+        shown = predictions[
+            (predictions["predictor"].isin(ours))
+            & (predictions["part"] == "test")
+            & (predictions["property"] == config.properties[0])
+        ]
+        columns = ["predictor", "split", "seed", "run", "measured", "predicted", "low", "high"]
+        shown[columns].to_csv(PLOTS / "predicted.csv", index=False, float_format="%.6g")
+
+        differences = METRICS / "differences.csv"
+        evidence = Evidence(
+            networks=networks,
+            scores=scores,
+            predictors=arrange(predictors, infos),
+            differences=pd.read_csv(differences) if ours else None,
+            sizes=pd.read_csv(METRICS / "splits.csv"),
+            audit=audit,
+            pictures=pictures,
+        )
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "results.md").write_text(write_report(evidence), encoding="utf-8")
+        if README.exists():
+            text = README.read_text(encoding="utf-8")
+            README.write_text(inject(text, headline_table(scores, infos)), encoding="utf-8")
+        typer.echo(f"{len(pictures)} figures in {PLOTS}/, report in {RESULTS}/results.md")
+
+
+def describe(name: str) -> PredictorInfo:
+    """What the registry says about a predictor, for tables."""
+    entry = asdict(PREDICTORS[name])
+    told = ("kind", "description", "reads_weights", "needs_forward")
+    return PredictorInfo(name, **{key: entry[key] for key in told})
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,90 @@
+"""Bring a family's networks to canonical form and write them as tokens: data/tokens/<family>/."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import pyarrow as pa
+import torch
+import typer
+
+from weightnet.command import load_section, reported, require
+from weightnet.params import Params
+from weightnet.progress import Progress
+from weightnet.symmetry import PermutationSpec, trace
+from weightnet.symmetry.form import CanonicalForm
+from weightnet.tokens import TokensConfig, spec_id, tokenize, write_tokens
+from weightnet.zoo.architectures import build
+from weightnet.zoo.store import read_zoo
+
+RECIPES = Path("data/recipes")
+ZOO = Path("data/zoo")
+TOKENS = Path("data/tokens")
+
+
+class TokenizeConfig(Params):
+    """The tokenize_zoo section."""
+
+    canonical: CanonicalForm
+    tokens: TokensConfig
+
+
+def describe(family: str) -> tuple[pd.DataFrame, dict[str, PermutationSpec]]:
+    """One row a network as docs/SHARDS.md asks, and the spec of each architecture, traced."""
+    recipes = pd.read_parquet(require(RECIPES / f"{family}.parquet", f"generate_zoo@{family}"))
+    named = {text: trace_architecture(family, text) for text in recipes["arguments"].unique()}
+    measured = pd.concat([stack.networks for stack in read_zoo(ZOO / family)])
+    if set(measured["run"]) != set(recipes["run"]):
+        raise ValueError(
+            f"{ZOO / family} must hold the runs of {RECIPES / family}.parquet, however: they "
+            f"differ; run `dvc repro train_zoo@{family}`"
+        )
+    keep = ["run", "family", "task", "width"]
+    drop = [*keep, "stack", "arguments", "seed"]
+    ways = recipes.drop(columns=drop).add_prefix("recipe.")
+    frame = pd.concat([recipes[keep], ways], axis=1)
+    frame["spec"] = recipes["arguments"].map(lambda text: spec_id(named[text]))
+    frame = frame.merge(measured, on="run", validate="one_to_one")
+    frame["diverged"] = frame.pop("diverged_at") >= 0
+    return frame, {spec_id(spec): spec for spec in named.values()}
+
+
+def trace_architecture(family: str, arguments: str) -> PermutationSpec:
+    """The permutation spec of one architecture, read off its module graph."""
+    values = json.loads(arguments)
+    size = values["size"]
+    return trace(build(family, **values), torch.zeros(1, values["image_channels"], size, size))
+
+
+def main(
+    family: Annotated[str, typer.Argument(help="A family in params.yaml, e.g. cnn.")],
+) -> None:
+    """Bring the networks of one family to canonical form and write them as token shards.
+
+    Reads data/recipes, data/zoo/<family>/ and params.yaml (tokenize_zoo), and replaces
+    data/tokens/<family>/ as a whole. The schema is documented in docs/SHARDS.md.
+    """
+    with reported():
+        config = load_section(TokenizeConfig, "tokenize_zoo")
+        require(ZOO / family, f"train_zoo@{family}")
+        frame, specs = describe(family)
+        spec_of = dict(zip(frame["run"], frame["spec"], strict=True))
+
+        def tables() -> Iterator[tuple[str, pa.Table]]:
+            with Progress(f"tokenize_zoo {family}", len(frame), "networks") as progress:
+                for stack in read_zoo(ZOO / family):
+                    for i, run in enumerate(stack.networks["run"]):
+                        spec = specs[spec_of[run]]
+                        state = config.canonical.apply(spec, stack.state(i))
+                        yield run, tokenize(spec, state, config=config.tokens)
+                        progress.advance()
+
+        write_tokens(TOKENS / family, frame, specs, tables(), config=config.tokens)
+        typer.echo(f"{family}: {len(frame)} networks of {len(specs)} architectures tokenized")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    typer.run(main)

@@ -1,0 +1,119 @@
+"""Train one predictor on one split, all seeds: data/predictors, data/predictions, data/curves."""
+
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from dvclive.live import Live
+from pydantic import Field
+
+from weightnet.command import load_names, load_section, reported
+from weightnet.compute import default_jobs
+from weightnet.evaluation import SPLITS, SplitsConfig, assign
+from weightnet.params import Params
+from weightnet.predictors import Prediction, build, config_class
+from weightnet.tokens import Networks, read_networks
+
+TOKENS = Path("data/tokens")
+PREDICTORS = Path("data/predictors")
+PREDICTIONS = Path("data/predictions")
+CURVES = Path("data/curves")
+CHECKPOINTS = Path("data/checkpoints")
+
+
+class TrainConfig(Params):
+    """The train_predictor.common section."""
+
+    seeds: int = Field(ge=1)
+    properties: list[str] = Field(min_length=1)
+    splits: SplitsConfig
+
+
+def train_seed(
+    predictor: str, split: str, seed: int, config: TrainConfig, settings: Params, threads: int
+) -> pd.DataFrame:
+    """Fit, save and predict for one seed; return validation and test predictions, long format."""
+    torch.set_num_threads(threads)
+    networks = read_networks([TOKENS / family for family in load_names("families")])
+    parts = assign(networks.frame, split, seed=seed, config=config.splits)
+    where = f"{predictor}-{split}"
+    train = networks.select((parts == "train").to_numpy())
+    validation = networks.select((parts == "validation").to_numpy())
+    model = build(predictor, settings, config.properties, seed)
+    checkpoint = CHECKPOINTS / where / f"seed{seed}"
+    with Live(
+        str(CURVES / where / f"seed{seed}"), report=None, save_dvc_exp=False, dvcyaml=None
+    ) as live:
+
+        def log(metrics: dict[str, float], step: int) -> None:
+            live.step = step
+            for name, value in metrics.items():
+                live.log_metric(name, value, timestamp=False)
+            live.make_summary()
+
+        model.fit(train, validation, log=log, checkpoint=checkpoint)
+    model.save(PREDICTORS / where / f"seed{seed}")
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    test = networks.select((parts == "test").to_numpy())
+    return pd.concat(
+        [
+            predict(model.predict(validation), validation, "validation"),
+            predict(model.predict(test), test, "test"),
+        ]
+    ).assign(seed=seed)
+
+
+def predict(prediction: Prediction, networks: Networks, part: str) -> pd.DataFrame:
+    """Predictions beside measurements, one row a network and property."""
+    frames = []
+    for p, name in enumerate(prediction.properties):
+        frame = networks.frame[["run", "family", "task"]].copy()
+        frame["part"], frame["property"] = part, name
+        frame["measured"] = networks.frame[f"property.{name}"].astype(np.float64)
+        for column in ("mean", "low", "high"):
+            frame[column] = getattr(prediction, column)[:, p]
+        frames.append(frame.rename(columns={"mean": "predicted"}))
+    return pd.concat(frames)
+
+
+def main(
+    predictor: Annotated[str, typer.Argument(help="A predictor in params.yaml, e.g. weightnet.")],
+    split: Annotated[str, typer.Argument(help=f"One of {', '.join(SPLITS)}.")],
+) -> None:
+    """Train one predictor on one split with every seed, and predict its test networks.
+
+    Reads data/tokens and params.yaml (families, train_predictor.common,
+    train_predictor.<predictor>); writes data/predictors/<predictor>-<split>/ (fitted predictors),
+    data/curves/... (DVCLive) and data/predictions/<predictor>-<split>.parquet. An interrupted fit
+    continues from its checkpoint. Environment: WEIGHTNET_JOBS, WEIGHTNET_DEVICE.
+    """
+    with reported():
+        config = load_section(TrainConfig, "train_predictor", "common")
+        settings = load_section(config_class(predictor), "train_predictor", predictor)
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, however: {split=}")
+        where = f"{predictor}-{split}"
+        read_networks([TOKENS / family for family in load_names("families")])
+        shutil.rmtree(CURVES / where, ignore_errors=True)
+        jobs = min(default_jobs(), config.seeds)
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            futures = [
+                pool.submit(train_seed, predictor, split, seed, config, settings, 1)
+                for seed in range(config.seeds)
+            ]
+            predictions = pd.concat([future.result() for future in futures])
+        PREDICTIONS.mkdir(parents=True, exist_ok=True)
+        temporary = PREDICTIONS / f".{where}.parquet"
+        predictions.to_parquet(temporary, index=False)
+        temporary.rename(PREDICTIONS / f"{where}.parquet")
+        typer.echo(f"{where}: {config.seeds} seeds, {len(predictions)} predictions")
+
+
+if __name__ == "__main__":
+    typer.run(main)
