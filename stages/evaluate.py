@@ -9,12 +9,13 @@ import torch
 import typer
 from pydantic import Field
 
-from weightnet.command import load_names, load_section, reported, require
-from weightnet.evaluation import Evaluation, ScoresConfig, SplitsConfig, sizes, summary
+from weightnet.command import expect_only, load_names, load_section, reported
 from weightnet.evaluation.invariance import audit
+from weightnet.evaluation.scores import Evaluation, ScoresConfig, summary
+from weightnet.evaluation.splits import SplitsConfig, sizes
 from weightnet.params import Params
 from weightnet.predictors import PREDICTORS, Predictor, entry
-from weightnet.predictors.interpretation import layer_importance
+from weightnet.predictors.interpretation import IMPORTANCE, layer_importance
 from weightnet.progress import Progress
 from weightnet.randomness import numpy_generator, torch_generator
 from weightnet.symmetry.form import CanonicalForm
@@ -44,10 +45,8 @@ def read_predictions(predictors: list[str], splits: list[str]) -> pd.DataFrame:
     """The test predictions of all predictors on all splits."""
     frames = []
     for predictor in predictors:
-        entry(predictor)
         for split in splits:
             path = PREDICTIONS / f"{predictor}-{split}.parquet"
-            require(path, f"train_predictor@{predictor}-{split}")
             frames.append(pd.read_parquet(path).assign(predictor=predictor, split=split))
     return pd.concat(frames, ignore_index=True)
 
@@ -74,13 +73,20 @@ def main() -> None:
         form = load_section(CanonicalForm, "tokenize_zoo", "canonical")
         divided = load_section(SplitsConfig, "train_predictor", "common", "splits")
         predictors, splits = load_names("predictors"), load_names("splits")
-        networks = read_networks([TOKENS / family for family in load_names("families")])
+        for name in predictors:
+            entry(name)
+        families = load_names("families")
+        expect_only(TOKENS, families, "tokenize_zoo")
+        pairs = [f"{predictor}-{split}" for predictor in predictors for split in splits]
+        expect_only(PREDICTIONS, pairs, "train_predictor")
+        expect_only(FITTED, pairs, "train_predictor")
+        networks = read_networks([TOKENS / family for family in families])
         predictions = read_predictions(predictors, splits)
 
         evaluation = Evaluation(predictions, networks.frame, config.scores)
         scores = evaluation.scores()
         ours = [name for name in predictors if PREDICTORS[name].kind == "ours"]
-        differences = evaluation.differences(ours) if ours else None
+        differences = evaluation.differences(ours)
         seeds = sorted(predictions["seed"].unique())
 
         audited = sample(networks, config.audit.networks_per_family)
@@ -105,11 +111,12 @@ def main() -> None:
         write_table(scores, "scores.csv")
         write_table(sizes(networks.frame, splits, seeds, divided), "splits.csv")
         write_table(pd.concat(changes), "audit.csv")
-        if differences is not None:
-            write_table(differences, "differences.csv")
-        if "weightnet" in predictors:
-            fitted = Predictor.load(FITTED / f"weightnet-{splits[0]}" / "seed0")
-            write_table(layer_importance(fitted, audited), "importance.csv")
+        write_table(differences, "differences.csv")
+        read = [
+            layer_importance(Predictor.load(FITTED / f"{name}-{splits[0]}" / "seed0"), audited)
+            for name in ours[:1]
+        ]
+        write_table(pd.concat([pd.DataFrame(columns=IMPORTANCE), *read]), "importance.csv")
         text = json.dumps(summary(scores), indent=1, sort_keys=True)
         (METRICS / "summary.json").write_text(text + "\n")
         typer.echo(f"scored {len(predictors)} predictors on {len(splits)} splits: {METRICS}/")

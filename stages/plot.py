@@ -7,7 +7,7 @@ import pandas as pd
 import typer
 from matplotlib.figure import Figure
 
-from weightnet.command import load_names, load_section, reported, require
+from weightnet.command import expect_only, load_names, load_section, reported, require
 from weightnet.params import Params
 from weightnet.predictors import PREDICTORS
 from weightnet.report import figures
@@ -69,7 +69,12 @@ def main() -> None:
     with reported():
         config = load_section(PlotConfig, "plot")
         predictors, splits = load_names("predictors"), load_names("splits")
-        networks = read_networks([TOKENS / name for name in load_names("families")]).frame
+        families = load_names("families")
+        pairs = [f"{predictor}-{split}" for predictor in predictors for split in splits]
+        expect_only(TOKENS, families, "tokenize_zoo")
+        expect_only(PREDICTIONS, pairs, "train_predictor")
+        expect_only(CURVES, pairs, "train_predictor")
+        networks = read_networks([TOKENS / family for family in families]).frame
         scores = pd.read_csv(require(METRICS / "scores.csv", "evaluate"))
         audit = pd.read_csv(require(METRICS / "audit.csv", "evaluate"))
         predictions = pd.concat(
@@ -116,17 +121,11 @@ def main() -> None:
                 f"curves_{split}",
                 split=split,
             )
-        importance = METRICS / "importance.csv"
-        if importance.exists() and ours:
-            table = pd.read_csv(importance)
-            for of in table["property"].unique():
-                show(
-                    figures.layer_importance(table, property=of),
-                    "layer_importance",
-                    f"importance_{of}",
-                    predictor=ours[0],
-                    property=of,
-                )
+        importance = pd.read_csv(require(METRICS / "importance.csv", "evaluate"))
+        for of in importance["property"].unique():
+            figure = figures.layer_importance(importance, property=of)
+            label = f"importance_{of}"
+            show(figure, "layer_importance", label, predictor=ours[0], property=of)
         show(figures.invariance(audit, infos), "invariance")
 
         curves.to_csv(PLOTS / "curves.csv", index=False, float_format="%.6g")
@@ -138,12 +137,20 @@ def main() -> None:
         columns = ["predictor", "split", "seed", "run", "measured", "predicted", "low", "high"]
         shown[columns].to_csv(PLOTS / "predicted.csv", index=False, float_format="%.6g")
 
-        differences = METRICS / "differences.csv"
+        headline = scores[
+            (scores["metric"] == "tau")
+            & (scores["subset"] == "all")
+            & (scores["property"] == config.properties[0])
+        ]
+        label = headline["split"] + " " + headline["predictor"]
+        tau = pd.DataFrame({"predictor": label, "tau": headline["value"]})
+        tau.to_csv(PLOTS / "tau.csv", index=False, float_format="%.6g")
+
         evidence = Evidence(
             networks=networks,
             scores=scores,
             predictors=arrange(predictors, infos),
-            differences=pd.read_csv(differences) if ours else None,
+            differences=pd.read_csv(METRICS / "differences.csv"),
             sizes=pd.read_csv(METRICS / "splits.csv"),
             audit=audit,
             pictures=pictures,

@@ -13,9 +13,9 @@ import typer
 from dvclive.live import Live
 from pydantic import Field
 
-from weightnet.command import load_names, load_section, reported
+from weightnet.command import expect_only, load_names, load_section, reported
 from weightnet.compute import default_jobs
-from weightnet.evaluation import SPLITS, SplitsConfig, assign
+from weightnet.evaluation.splits import SPLITS, SplitsConfig, assign
 from weightnet.params import Params
 from weightnet.predictors import Prediction, build, config_class
 from weightnet.tokens import Networks, read_networks
@@ -99,7 +99,7 @@ def main(
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, however: {split=}")
         where = f"{predictor}-{split}"
-        read_networks([TOKENS / family for family in load_names("families")])
+        expect_only(TOKENS, load_names("families"), "tokenize_zoo")
         shutil.rmtree(CURVES / where, ignore_errors=True)
         jobs = min(default_jobs(), config.seeds)
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:

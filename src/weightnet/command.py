@@ -73,3 +73,24 @@ def load_names(key: str) -> list[str]:
     ):
         raise ValueError(f"params key {key} must be a list of distinct names, however: {names!r}")
     return list(names)
+
+
+def expect_only(folder: Path, names: list[str], stage: str) -> None:
+    """Check that ``folder`` holds ``names`` and nothing else: what params no longer names must not
+    leak into a result.
+
+    Raises:
+        ValueError: naming what is missing or left over.
+    """
+    found = {path.name.removesuffix(".parquet") for path in folder.glob("[!.]*")}
+    missing, stale = sorted(set(names) - found), sorted(found - set(names))
+    if missing:
+        raise ValueError(
+            f"{folder} must hold {', '.join(missing)}, however: it does not; "
+            f"run `dvc repro {stage}`"
+        )
+    if stale:
+        raise ValueError(
+            f"{folder} must hold only what params.yaml names, however: it also holds "
+            f"{', '.join(stale)}; remove it from there (DVC's cache keeps it)"
+        )

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from weightnet.compute import default_device
 from weightnet.predictors.fitting import (
     Batches,
     Examples,
     FitConfig,
-    choose_device,
     fit_module,
     gaussian_nll,
     run_module,
@@ -190,10 +190,10 @@ def test_batches_hold_every_example_once_within_bounds() -> None:
 
 def test_the_device_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEIGHTNET_DEVICE", "cpu")
-    assert choose_device() == CPU
+    assert default_device() == CPU
     monkeypatch.setenv("WEIGHTNET_DEVICE", "abacus")
     with pytest.raises(ValueError, match="WEIGHTNET_DEVICE=abacus"):
-        choose_device()
+        default_device()
 
 
 def test_members_are_averaged(parts: object) -> None:

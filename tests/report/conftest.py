@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from weightnet.evaluation import Evaluation, ScoresConfig
+from weightnet.evaluation.scores import Evaluation, ScoresConfig
 from weightnet.report.names import PredictorInfo
 
 PREDICTORS = (

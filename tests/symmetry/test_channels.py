@@ -55,7 +55,7 @@ def test_flattened_channels_move_whole() -> None:
 
 
 def test_blocks_that_do_not_line_up() -> None:
-    with pytest.raises(MisalignedError, match="2 channels that are 3 wide"):
+    with pytest.raises(MisalignedError, match="3 channels that are 2 wide"):
         tie(tile(fresh(3), 1, 2), tile(fresh(2), 1, 3))
     free, fixed = fresh(3), fresh(2)
     fix(fixed)

@@ -14,10 +14,11 @@ from weightnet.compute import default_device
 from weightnet.predictors.fitting import seeded
 from weightnet.predictors.interface import Predictor
 from weightnet.predictors.learned import ModulePredictor
-from weightnet.predictors.weightnet import WeightNet
+from weightnet.predictors.weightnet import TokenBatch, WeightNet
 from weightnet.tokens import Networks
 
 DEPTHS = 8
+IMPORTANCE = ["run", "family", "model", "depth", "property", "importance"]
 
 
 def layer_importance(predictor: Predictor, networks: Networks) -> pd.DataFrame:
@@ -46,7 +47,9 @@ def layer_importance(predictor: Predictor, networks: Networks) -> pd.DataFrame:
         module.to(device)
         for indices in batches.cut(torch.arange(batches.count), predictor.fit_config):
             with torch.inference_mode():
-                weights = module.layer_importance(batches.collate(indices).to(device)).cpu()
+                batch = batches.collate(indices).to(device)
+                assert isinstance(batch, TokenBatch)
+                weights = module.layer_importance(batch).cpu()
             for network, table in zip(indices.tolist(), weights, strict=True):
                 read = table[table.sum(dim=1) > 0].numpy()
                 depth = np.arange(len(read)) / max(1, len(read) - 1)
