@@ -2,8 +2,10 @@
 
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Annotated
 
 import numpy as np
@@ -18,6 +20,7 @@ from weightnet.compute import default_jobs
 from weightnet.evaluation.splits import SPLITS, SplitsConfig, assign
 from weightnet.params import Params
 from weightnet.predictors import Prediction, build, config_class
+from weightnet.progress import Progress
 from weightnet.tokens import Networks, read_networks
 
 TOKENS = Path("data/tokens")
@@ -36,10 +39,18 @@ class TrainConfig(Params):
 
 
 def train_seed(
-    predictor: str, split: str, seed: int, config: TrainConfig, settings: Params, threads: int
+    predictor: str,
+    split: str,
+    seed: int,
+    config: TrainConfig,
+    settings: Params,
+    told: "Queue[str]",
 ) -> pd.DataFrame:
-    """Fit, save and predict for one seed; return validation and test predictions, long format."""
-    torch.set_num_threads(threads)
+    """Fit, save and predict for one seed; return validation and test predictions, long format.
+
+    What happens is ``told`` to the process that shows the progress: a line an epoch.
+    """
+    torch.set_num_threads(1)
     networks = read_networks([TOKENS / family for family in load_names("families")])
     parts = assign(networks.frame, split, seed=seed, config=config.splits)
     where = f"{predictor}-{split}"
@@ -56,6 +67,10 @@ def train_seed(
             for name, value in metrics.items():
                 live.log_metric(name, value, timestamp=False)
             live.make_summary()
+            if "train/loss" in metrics:
+                tau = metrics.get("validation/tau", float("nan"))
+                loss = metrics["train/loss"]
+                told.put(f"seed {seed}: loss {loss:.3f}, validation tau {tau:.3f}")
 
         model.fit(train, validation, log=log, checkpoint=checkpoint)
     model.save(PREDICTORS / where / f"seed{seed}")
@@ -101,13 +116,24 @@ def main(
         where = f"{predictor}-{split}"
         expect_only(TOKENS, load_names("families"), "tokenize_zoo")
         shutil.rmtree(CURVES / where, ignore_errors=True)
+        context = get_context("spawn")
+        epochs = settings.fit.epochs * settings.fit.members if hasattr(settings, "fit") else 0
         jobs = min(default_jobs(), config.seeds)
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        with (
+            context.Manager() as manager,
+            ProcessPoolExecutor(jobs, mp_context=context) as pool,
+            Progress(f"train_predictor {where}", config.seeds * max(1, epochs), "steps") as bar,
+        ):
+            told = manager.Queue()
             futures = [
-                pool.submit(train_seed, predictor, split, seed, config, settings, 1)
+                pool.submit(train_seed, predictor, split, seed, config, settings, told)
                 for seed in range(config.seeds)
             ]
+            while not all(future.done() for future in futures):
+                with suppress(Empty):
+                    bar.advance(note=told.get(timeout=0.2))
             predictions = pd.concat([future.result() for future in futures])
+            bar.finish()
         PREDICTIONS.mkdir(parents=True, exist_ok=True)
         temporary = PREDICTIONS / f".{where}.parquet"
         predictions.to_parquet(temporary, index=False)

@@ -32,7 +32,7 @@ class Progress:
             console=console,
             disable=not console.is_terminal,
         )
-        self.quiet = console.is_terminal
+        self.drawn = console.is_terminal
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -45,16 +45,20 @@ class Progress:
         self.note = note or self.note
         self.bar.update(self.row, completed=self.done, note=self.note)
         now = time.monotonic()
-        if not self.quiet and (now - self.logged > LOG_SECONDS or self.done >= self.total):
+        if not self.drawn and (now - self.logged > LOG_SECONDS or self.done >= self.total):
             self.logged = now
             elapsed = now - self.started
-            left = elapsed / self.done * (self.total - self.done)
+            left = elapsed / self.done * (self.total - self.done) if self.done else 0.0
             print(
                 f"{self.title}: {self.done}/{self.total} {self.unit}, "
                 f"{self.done / elapsed:.2f}/s, {left:.0f} s left {self.note}".rstrip(),
                 file=sys.stderr,
                 flush=True,
             )
+
+    def finish(self) -> None:
+        """Say that nothing is left, whatever was counted (a fit that stopped early)."""
+        self.bar.update(self.row, completed=self.total)
 
     def __exit__(
         self,

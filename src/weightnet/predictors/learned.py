@@ -20,7 +20,6 @@ from weightnet.predictors.fitting import (
     seeded,
 )
 from weightnet.predictors.interface import Log, Predictor, read_arrays, write_arrays
-from weightnet.predictors.progress import Show, show_progress
 from weightnet.predictors.scaling import Array
 from weightnet.randomness import derive_seed
 
@@ -86,21 +85,17 @@ class ModulePredictor(Predictor):
         )
         self.modules = []
         for member in range(config.members):
-            label = (
-                self.name if config.members == 1 else f"{self.name} {member + 1}/{config.members}"
-            )
             with seeded(self.seed, "module", member):
                 module = self.reader.module(len(self.properties))
-            with show_progress(label, config.epochs) as show:
-                fit_module(
-                    module,
-                    examples,
-                    held_out,
-                    config,
-                    seed=derive_seed(self.seed, "fit", member),
-                    log=_member_log(log, member, show),
-                    checkpoint=checkpoint / f"member-{member}.safetensors" if checkpoint else None,
-                )
+            fit_module(
+                module,
+                examples,
+                held_out,
+                config,
+                seed=derive_seed(self.seed, "fit", member),
+                log=_member_log(log, member),
+                checkpoint=checkpoint / f"member-{member}.safetensors" if checkpoint else None,
+            )
             self.modules.append(module)
 
     def _estimate(self, networks: Networks) -> tuple[Array, Array]:
@@ -129,13 +124,10 @@ class ModulePredictor(Predictor):
             self.modules.append(module.eval())
 
 
-def _member_log(log: Log | None, member: int, show: Show) -> Log:
-    """Show metrics and log them; plain names for the first member, whose curves all runs have."""
-    prefix = f"member-{member}/" if member else ""
-
-    def record(metrics: dict[str, float], step: int) -> None:
-        show(metrics)
-        if log is not None:
-            log({prefix + name: value for name, value in metrics.items()}, step)
-
-    return record
+def _member_log(log: Log | None, member: int) -> Log | None:
+    """Log under plain names for the first member, whose curves all runs have."""
+    if log is None or member == 0:
+        return log
+    return lambda metrics, step: log(
+        {f"member-{member}/{name}": value for name, value in metrics.items()}, step
+    )

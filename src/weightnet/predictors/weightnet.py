@@ -47,8 +47,8 @@ class WeightNetConfig(Params):
         blocks: how often neurons and then layers exchange information.
         points: induced points of a layer.
         dropout: of the blocks and the heads.
-        training_tokens: of a wider layer, so many neurons, drawn anew for each batch, are seen in
-            training; prediction sees all.
+        training_layers, training_tokens: of a deeper network so many layers, and of a wider layer
+            so many neurons, drawn anew for each batch, are seen in training; prediction sees all.
         intra_layer, cross_layer: whether neurons of a layer, and layers, attend to each other.
         statistics: whether the heads also read statistics of the whole network.
     """
@@ -58,7 +58,8 @@ class WeightNetConfig(Params):
     blocks: int = Field(default=2, gt=0)
     points: int = Field(default=4, gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    training_tokens: int = Field(default=32, gt=0)
+    training_layers: int = Field(default=20, gt=0)
+    training_tokens: int = Field(default=16, gt=0)
     intra_layer: bool = True
     cross_layer: bool = True
     statistics: bool = True
@@ -121,7 +122,7 @@ class InducedAttention(nn.Module):
         keys, values = self.keys_values(self.norm(tokens)).chunk(2, dim=1)
         scores = torch.einsum("lhd,phd->lph", keys.view(heads), self.queries) * scale
         weights = segment_softmax(scores.flatten(1), segment, layers).view_as(scores)
-        weighted = torch.einsum("lph,lhd->lphd", weights, values.view(heads)).flatten(1)
+        weighted = (weights.unsqueeze(3) * values.view(heads).unsqueeze(1)).flatten(1)
         points = segment_sum(weighted, segment, layers).view(layers, self.points, width)
         normed = self.point_norm(points)
         back_keys, back_values = (
@@ -129,8 +130,8 @@ class InducedAttention(nn.Module):
             for part in self.back_keys_values(normed).chunk(2, dim=2)
         )
         queries = self.back_queries(self.norm(tokens)).view(heads)
-        attention = (torch.einsum("lhd,lphd->lph", queries, back_keys) * scale).softmax(dim=1)
-        read = torch.einsum("lph,lphd->lhd", attention, back_values).flatten(1)
+        scores = (queries.unsqueeze(1) * back_keys).sum(dim=3) * scale
+        read = (scores.softmax(dim=1).unsqueeze(3) * back_values).sum(dim=1).flatten(1)
         return tokens + self.dropout(self.out(read)), points
 
 
@@ -326,6 +327,7 @@ class TokenReader:
             torch.from_numpy(
                 self.statistics.transform(weight_features(networks)).astype(np.float32)
             ),
+            self.config.training_layers if training else None,
             self.config.training_tokens if training else None,
         )
         return Batches(tokens.collate, len(networks), tokens.cost)
@@ -363,44 +365,61 @@ class _Tokens:
     """All tokens of some networks in memory, and batches of them."""
 
     def __init__(
-        self, features: TokenFeatures, values: Tensor, statistics: Tensor, most: int | None
+        self,
+        features: TokenFeatures,
+        values: Tensor,
+        statistics: Tensor,
+        layers: int | None,
+        width: int | None,
     ) -> None:
-        self.values, self.statistics, self.most = values, statistics, most
+        self.values, self.statistics = values, statistics
+        self.layers, self.width = layers, width
         self.kind = torch.from_numpy(features.kind)
         self.activation = torch.from_numpy(features.activation)
-        self.token_offsets = torch.from_numpy(features.token_offsets)
         self.layer_starts = torch.from_numpy(features.layer_starts)
-        self.segment = torch.from_numpy(features.layer_segment)
-        self.widths = torch.from_numpy(np.diff(features.layer_offsets))
-        seen = self.widths if most is None else self.widths.clamp(max=most)
+        self.layer_offsets = torch.from_numpy(features.layer_offsets)
+        self.widths = self.layer_offsets.diff()
+        seen = self.widths if width is None else self.widths.clamp(max=width)
         total = torch.cat([torch.zeros(1, dtype=torch.int64), seen.cumsum(0)])
         self.cost = total[self.layer_starts].diff()
+        if layers is not None:
+            share = (layers / self.layer_starts.diff()).clamp(max=1)
+            self.cost = (self.cost * share).ceil().long()
 
     def collate(self, networks: Tensor) -> TokenBatch:
-        """The batch of these networks."""
-        rows = _ranges(self.token_offsets[networks], self.token_offsets[networks + 1])
+        """The batch of these networks; in training, of some of their layers and tokens."""
         layers = _ranges(self.layer_starts[networks], self.layer_starts[networks + 1])
         depths = self.layer_starts[networks + 1] - self.layer_starts[networks]
+        if self.layers is not None:
+            layers = layers[_sample(depths, self.layers)]
+            depths = depths.clamp(max=self.layers)
+        rows = _ranges(self.layer_offsets[layers], self.layer_offsets[layers + 1])
         widths = self.widths[layers]
-        segment = torch.arange(len(layers)).repeat_interleave(widths)
-        if self.most is not None and bool((widths > self.most).any()):
-            # Tokens of each layer in random order; keep the first ones.
-            order = torch.argsort(segment + torch.rand(len(segment), dtype=torch.float64))
-            starts = (widths.cumsum(0) - widths).repeat_interleave(widths)
-            kept = order[torch.arange(len(order)) - starts < self.most]
-            rows, segment = rows[kept], segment[kept]
+        if self.width is not None:
+            rows = rows[_sample(widths, self.width)]
+            widths = widths.clamp(max=self.width)
         depth = int(depths.max())
         first = torch.arange(len(networks)) * depth
-        place = _ranges(first, first + depths)
         return TokenBatch(
             values=self.values[rows],
             kind=self.kind[rows],
             activation=self.activation[rows],
-            segment=segment,
-            place=place,
+            segment=torch.arange(len(layers)).repeat_interleave(widths),
+            place=_ranges(first, first + depths),
             depth=depth,
             statistics=self.statistics[networks],
         )
+
+
+def _sample(sizes: Tensor, most: int) -> Tensor:
+    """Of groups of ``sizes``, laid out one after another, the positions of at most ``most`` random
+    members each, in order."""
+    group = torch.arange(len(sizes)).repeat_interleave(sizes)
+    if not bool((sizes > most).any()):
+        return torch.arange(len(group))
+    order = torch.argsort(group + torch.rand(len(group), dtype=torch.float64))
+    rank = torch.arange(len(order)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return order[rank < most].sort().values
 
 
 def _ranges(starts: Tensor, stops: Tensor) -> Tensor:

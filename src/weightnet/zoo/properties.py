@@ -24,7 +24,7 @@ from weightnet.zoo.stacked import StackedModule
 from weightnet.zoo.training import training_subset
 
 BINS = 15
-BATCH = 250
+BATCH = 100
 
 
 class PropertyConfig(Params):

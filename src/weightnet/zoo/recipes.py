@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, field_validator, model_validator
 
-from weightnet.params import Params
+from weightnet.params import Params, parse
 from weightnet.randomness import numpy_generator
 from weightnet.tasks import TASKS, load_task
 from weightnet.zoo.architectures import FAMILIES, build
@@ -97,6 +97,7 @@ class FamilyConfig(Params):
     batch_size: list[Count] = Field(min_length=1)
     steps: list[Count]
     arguments: dict[str, list[Scalar]]
+    ranges: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _possible(self) -> FamilyConfig:
@@ -125,6 +126,9 @@ def sample_recipes(family: str, config: FamilyConfig, ranges: RecipeConfig) -> p
         raise ValueError(
             f"family must be one of {', '.join(sorted(FAMILIES))}, however: {family=}"
         )
+    if config.ranges:
+        changed = {**ranges.model_dump(), **config.ranges}
+        ranges = parse(RecipeConfig, changed, f"generate_zoo.families.{family}.ranges")
     rows: list[dict[str, Any]] = []
     shapes = -(-config.runs // config.runs_per_shape)
     for k in range(shapes):

@@ -1,0 +1,136 @@
+"""A stack computes what its plain modules compute, one at a time, for every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from weightnet.zoo.architectures import FAMILIES, build
+from weightnet.zoo.stacked import StackedModule
+
+MODELS, IMAGES = 3, 4
+SMALL = {"image_channels": 1, "classes": 10, "size": 8}
+
+
+def arguments(family: str) -> dict[str, Any]:
+    if family == "cnn":
+        return {**SMALL, "width": 5, "depth": 4, "residual": True, "batchnorm": True}
+    return {**SMALL, "width": 1 / 16, "stem": "small"}
+
+
+def plain_modules(family: str, **changes: Any) -> list[nn.Module]:
+    """Modules with weights and BatchNorm statistics of their own, in float64."""
+    modules = []
+    for seed in range(MODELS):
+        torch.manual_seed(seed)
+        module = build(family, **{**arguments(family), **changes}).double()
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_()
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+        modules.append(module)
+    return modules
+
+
+def stack_of(modules: list[nn.Module]) -> StackedModule:
+    stack = StackedModule(modules[0], len(modules))
+    stack.load([module.state_dict() for module in modules])
+    return stack
+
+
+def images() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(MODELS, IMAGES, 1, 8, 8, generator=generator, dtype=torch.float64)
+
+
+def without_dropout(modules: list[nn.Module]) -> list[nn.Module]:
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0
+    return modules
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_stack_equals_its_plain_modules(family: str, mode: str) -> None:
+    modules = without_dropout(plain_modules(family))
+    stack = stack_of(modules)
+    for module in [stack, *modules]:
+        module.train(mode == "train")
+    x = images()
+    together = stack(x)
+    alone = torch.stack([module(batch) for module, batch in zip(modules, x, strict=True)])
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-8)
+    for state, module in zip(stack.states(), modules, strict=True):  # BatchNorm's statistics too
+        for name, tensor in state.items():
+            torch.testing.assert_close(tensor, module.state_dict()[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_states_return_what_was_loaded(family: str) -> None:
+    modules = plain_modules(family)
+    for state, module in zip(stack_of(modules).states(), modules, strict=True):
+        plain = {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
+        assert set(state) == set(plain)
+        assert all(torch.equal(state[name], plain[name]) for name in plain)
+
+
+def test_a_model_that_overflows_does_not_reach_its_neighbours() -> None:
+    modules = plain_modules("cnn", batchnorm=False)
+    with torch.no_grad():
+        next(modules[1].parameters()).fill_(float("inf"))
+    x = images()
+    together = stack_of(modules).eval()(x)
+    assert not bool(torch.isfinite(together[1]).all())
+    for i in (0, 2):
+        torch.testing.assert_close(together[i], modules[i].eval()(x[i]))
+
+
+def test_each_model_has_its_own_dropout() -> None:
+    modules = plain_modules("cnn", batchnorm=False, dropout=0.5)
+    stack, x = stack_of(modules), images()
+    probabilities = torch.tensor([0.0, 0.2, 0.9])
+    stack.set_dropout(probabilities, torch.Generator().manual_seed(1))
+    first, second = stack.train()(x), stack(x)
+    assert torch.equal(first[0], second[0])  # probability 0 draws nothing
+    assert not torch.equal(first[1], second[1])
+    calm = modules[0].eval()(x[0])
+    torch.testing.assert_close(first[0], calm)
+    stack.set_dropout(probabilities, torch.Generator().manual_seed(1))
+    assert torch.equal(stack(x), first)  # the generator alone decides
+    evaluated = stack.eval()(x)
+    alone = torch.stack([module.eval()(batch) for module, batch in zip(modules, x, strict=True)])
+    torch.testing.assert_close(evaluated, alone)
+
+
+@pytest.mark.parametrize("shape", [(20, 4 * 3000), (20, 4 * 30, 10, 10)])
+def test_dropout_keeps_the_expectation_at_each_model_probability(shape: tuple[int, ...]) -> None:
+    from weightnet.zoo.stacked import StackedDropout
+
+    layer = StackedDropout(4)
+    layer.probability = torch.tensor([0.0, 0.2, 0.5, 0.8])
+    layer.generator = torch.Generator().manual_seed(0)
+    x = torch.ones(4, 20, 3000) if len(shape) == 2 else torch.ones(shape)
+    y = layer.train()(x)
+    models = y if y.ndim == 3 else y.unflatten(1, (4, -1)).transpose(0, 1)
+    for values, p in zip(models, layer.probability.tolist(), strict=True):
+        assert abs(float((values == 0).double().mean()) - p) < 0.02
+        assert abs(float(values.mean()) - 1) < 0.05
+
+
+def test_what_cannot_be_stacked_is_named() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.PReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)
+
+    with pytest.raises(ValueError, match="cannot stack PReLU at layer"):
+        StackedModule(Odd(), 2)
