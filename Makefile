@@ -12,6 +12,7 @@ SHELL := /bin/bash
 .PHONY: repro test smoke lint bench
 
 activate := . .venv/bin/activate
+code := $(wildcard src stages tests benchmarks)
 
 repro: .venv/ready
 	$(activate) && dvc repro
@@ -20,7 +21,7 @@ test: .venv/ready
 	$(activate) && pytest
 
 lint: .venv/ready
-	$(activate) && ruff check . && ruff format --check . && mypy src stages
+	$(activate) && ruff check $(code) && ruff format --check $(code) && mypy src stages
 
 bench: .venv/ready
 	$(activate) && for benchmark in benchmarks/*.py; do \

@@ -42,8 +42,8 @@ def fill(text: str, item: dict[str, str]) -> str:
 
 
 # The import closure is read off the source, without importing it. Imports inside functions count:
-# what a stage can reach, it depends on. The registry of predictors imports by a computed name, which
-# this table spells out; stages that only read the registry as a table (plot) import nothing so.
+# what a stage can reach, it depends on. The registry of predictors imports by a computed name,
+# which this table spells out; a stage that only reads the registry (plot) imports nothing by it.
 READS_REGISTRY_ONLY = ("plot",)
 BY_NAME = {"weightnet.predictors.registry": sorted({e.module for e in PREDICTORS.values()})}
 

@@ -1,4 +1,4 @@
-"""The pipeline end to end at the smoke scale, in a temporary repository, as `dvc repro` runs it."""
+"""The pipeline end to end at the smoke scale, in a temporary repository, run by `dvc repro`."""
 
 from __future__ import annotations
 

@@ -249,7 +249,7 @@ def make_upstream() -> None:
     for name in ("predictors", "curves"):
         Path(f"data/{name}/mean-iid").mkdir(parents=True)
     Path("data/predictions").mkdir()
-    Path("data/predictions/mean-iid.parquet").write_bytes(b"")
+    pd.DataFrame({"run": []}).to_parquet("data/predictions/mean-iid.parquet")
 
 
 def set_version(path: Path, version: str) -> None:
