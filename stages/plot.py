@@ -76,6 +76,12 @@ def main() -> None:
         expect_only(CURVES, pairs, "train_predictor")
         networks = read_networks([TOKENS / family for family in families]).frame
         scores = pd.read_csv(require(METRICS / "scores.csv", "evaluate"))
+        unknown = sorted(set(config.properties) - set(scores["property"]))
+        if unknown:
+            raise ValueError(
+                f"params key plot.properties must name scored properties, however: it has "
+                f"{', '.join(unknown)}"
+            )
         audit = pd.read_csv(require(METRICS / "audit.csv", "evaluate"))
         predictions = pd.concat(
             pd.read_parquet(PREDICTIONS / f"{name}-{split}.parquet").assign(

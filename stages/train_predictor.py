@@ -1,11 +1,12 @@
 """Train one predictor on one split, all seeds: data/predictors, data/predictions, data/curves."""
 
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
-from queue import Empty, Queue
+from queue import Empty
 from typing import Annotated
 
 import numpy as np
@@ -44,14 +45,21 @@ def train_seed(
     seed: int,
     config: TrainConfig,
     settings: Params,
-    told: "Queue[str]",
+    tell: Callable[[str], object],
 ) -> pd.DataFrame:
     """Fit, save and predict for one seed; return validation and test predictions, long format.
 
-    What happens is ``told`` to the process that shows the progress: a line an epoch.
+    ``tell`` is told of each epoch: it shows the progress, perhaps in another process.
     """
     torch.set_num_threads(1)
     networks = read_networks([TOKENS / family for family in load_names("families")])
+    measured = [str(c)[9:] for c in networks.frame if str(c).startswith("property.")]
+    unknown = sorted(set(config.properties) - set(measured))
+    if unknown:
+        raise ValueError(
+            f"params key train_predictor.common.properties must name measured properties "
+            f"({', '.join(measured)}), however: it has {', '.join(unknown)}"
+        )
     parts = assign(networks.frame, split, seed=seed, config=config.splits)
     where = f"{predictor}-{split}"
     train = networks.select((parts == "train").to_numpy())
@@ -70,7 +78,7 @@ def train_seed(
             if "train/loss" in metrics:
                 tau = metrics.get("validation/tau", float("nan"))
                 loss = metrics["train/loss"]
-                told.put(f"seed {seed}: loss {loss:.3f}, validation tau {tau:.3f}")
+                tell(f"seed {seed}: loss {loss:.3f}, validation tau {tau:.3f}")
 
         model.fit(train, validation, log=log, checkpoint=checkpoint)
     model.save(PREDICTORS / where / f"seed{seed}")
@@ -82,6 +90,32 @@ def train_seed(
             predict(model.predict(test), test, "test"),
         ]
     ).assign(seed=seed)
+
+
+def train_seeds(
+    predictor: str, split: str, config: TrainConfig, settings: Params, bar: Progress
+) -> list[pd.DataFrame]:
+    """Train all seeds, in one single-threaded process each as far as there are cores."""
+    jobs = min(default_jobs(), config.seeds)
+    seeds = range(config.seeds)
+    if jobs == 1:
+        return [
+            train_seed(
+                predictor, split, seed, config, settings, lambda note: bar.advance(note=note)
+            )
+            for seed in seeds
+        ]
+    context = get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        told = manager.Queue()
+        futures = [
+            pool.submit(train_seed, predictor, split, seed, config, settings, told.put)
+            for seed in seeds
+        ]
+        while not all(future.done() for future in futures):
+            with suppress(Empty):
+                bar.advance(note=told.get(timeout=0.2))
+        return [future.result() for future in futures]
 
 
 def predict(prediction: Prediction, networks: Networks, part: str) -> pd.DataFrame:
@@ -116,23 +150,9 @@ def main(
         where = f"{predictor}-{split}"
         expect_only(TOKENS, load_names("families"), "tokenize_zoo")
         shutil.rmtree(CURVES / where, ignore_errors=True)
-        context = get_context("spawn")
-        epochs = settings.fit.epochs * settings.fit.members if hasattr(settings, "fit") else 0
-        jobs = min(default_jobs(), config.seeds)
-        with (
-            context.Manager() as manager,
-            ProcessPoolExecutor(jobs, mp_context=context) as pool,
-            Progress(f"train_predictor {where}", config.seeds * max(1, epochs), "steps") as bar,
-        ):
-            told = manager.Queue()
-            futures = [
-                pool.submit(train_seed, predictor, split, seed, config, settings, told)
-                for seed in range(config.seeds)
-            ]
-            while not all(future.done() for future in futures):
-                with suppress(Empty):
-                    bar.advance(note=told.get(timeout=0.2))
-            predictions = pd.concat([future.result() for future in futures])
+        epochs = settings.fit.epochs * settings.fit.members if hasattr(settings, "fit") else 1
+        with Progress(f"train_predictor {where}", config.seeds * epochs, "steps") as bar:
+            predictions = pd.concat(train_seeds(predictor, split, config, settings, bar))
             bar.finish()
         PREDICTIONS.mkdir(parents=True, exist_ok=True)
         temporary = PREDICTIONS / f".{where}.parquet"

@@ -85,6 +85,9 @@ def run_local(stacks: list[Stack]) -> Iterator[tuple[Stack, Exception | None]]:
     Small kernels gain nothing from two threads; two processes use two cores fully.
     """
     jobs = min(default_jobs(), len(stacks))
+    if jobs == 1:
+        yield from _run_here(stacks)
+        return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_single_threaded) as pool:
         futures = {pool.submit(stack.train): stack for stack in stacks}
@@ -93,6 +96,22 @@ def run_local(stacks: list[Stack]) -> Iterator[tuple[Stack, Exception | None]]:
             if error is not None and not isinstance(error, Exception):
                 raise error
             yield futures[future], error
+
+
+def _run_here(stacks: list[Stack]) -> Iterator[tuple[Stack, Exception | None]]:
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    _single_threaded()
+    try:
+        for stack in stacks:
+            try:
+                stack.train()
+            except Exception as error:
+                yield stack, error
+            else:
+                yield stack, None
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(strict)
 
 
 EXECUTORS: dict[str, Executor] = {"local": run_local}
