@@ -1,0 +1,194 @@
+"""The command `weightnet`: what can be done with checkpoints of one's own.
+
+Commands import what they need when they run, so that the help appears at once.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from weightnet.symmetry import PermutationSpec, Space, State
+
+app = typer.Typer(
+    help="Read a trained network's weights: predict its properties, see and use its symmetries.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Order(StrEnum):
+    """The order of channels in a canonical form."""
+
+    sort = "sort"
+    align = "align"
+    none = "none"
+
+
+Checkpoint = Annotated[Path, typer.Argument(help="A .safetensors, .pt or .pth file of tensors.")]
+Output = Annotated[Path, typer.Argument(help="The .safetensors file to write.")]
+Architecture = Annotated[
+    str,
+    typer.Option(
+        help="A family of the zoo, a classifier of torchvision, or your package.module:callable."
+    ),
+]
+Arguments = Annotated[
+    str,
+    typer.Option(
+        "--architecture-args",
+        help='The architecture\'s arguments as JSON, e.g. \'{"width": 0.25, "classes": 10}\'.',
+    ),
+]
+Shape = Annotated[
+    str, typer.Option("--input", help="Shape of one input, e.g. 3,224,224 [from the arguments]")
+]
+
+
+@app.command()
+def symmetry(
+    architecture: Annotated[str, typer.Argument(help="See --architecture of `permute`.")],
+    width: Annotated[float | None, typer.Option(help="Factor on the hidden widths.")] = None,
+    stem: Annotated[str | None, typer.Option(help="imagenet or small.")] = None,
+    arguments: Arguments = "{}",
+    shape: Shape = "",
+) -> None:
+    """Show the channel spaces of an architecture: which channels move together, and where."""
+    from weightnet.command import reported
+
+    with reported():
+        from weightnet.checkpoint import trace_architecture
+
+        shortcuts = {"width": width, "stem": stem}
+        values = {key: value for key, value in shortcuts.items() if value is not None}
+        _, spec = trace_architecture(
+            architecture, parse_arguments(arguments) | values, parse_shape(shape)
+        )
+        show(spec, architecture)
+
+
+@app.command()
+def permute(
+    checkpoint: Checkpoint,
+    output: Output,
+    architecture: Architecture,
+    seed: Annotated[int, typer.Option(help="Of the random permutation.")] = 0,
+    arguments: Arguments = "{}",
+    shape: Shape = "",
+) -> None:
+    """Write a randomly permuted copy of a checkpoint: other weights, the same function."""
+    from weightnet.command import reported
+
+    with reported():
+        import torch
+
+        from weightnet import symmetry
+        from weightnet.checkpoint import write_checkpoint
+
+        spec, state = read_fitting(checkpoint, architecture, arguments, shape)
+        permutation = spec.random(torch.Generator().manual_seed(seed))
+        write_checkpoint(output, symmetry.permute(spec, permutation, state))
+
+
+@app.command()
+def canonicalize(
+    checkpoint: Checkpoint,
+    output: Output,
+    architecture: Architecture,
+    order: Annotated[Order, typer.Option(help="Of the channels.")] = Order.sort,
+    scale: Annotated[bool, typer.Option(help="Fix the scale of ReLU channels.")] = True,
+    reference: Annotated[
+        Path | None, typer.Option(help="The checkpoint that --order align matches.")
+    ] = None,
+    arguments: Arguments = "{}",
+    shape: Shape = "",
+) -> None:
+    """Write the canonical form of a checkpoint: one for all its permuted and rescaled copies."""
+    from weightnet.command import reported
+
+    with reported():
+        from weightnet import symmetry
+        from weightnet.checkpoint import write_checkpoint
+
+        spec, state = read_fitting(checkpoint, architecture, arguments, shape)
+        other = None
+        if reference is not None:
+            other = read_fitting(reference, architecture, arguments, shape)[1]
+        form = symmetry.canonicalize(spec, state, order=order.value, scale=scale, reference=other)
+        write_checkpoint(output, form)
+
+
+def read_fitting(
+    checkpoint: Path, architecture: str, arguments: str, shape: str
+) -> tuple[PermutationSpec, State]:
+    """The spec of the architecture, and the tensors of a checkpoint of it."""
+    from weightnet.checkpoint import check_fits, read_checkpoint, trace_architecture
+
+    state = read_checkpoint(checkpoint)
+    module, spec = trace_architecture(architecture, parse_arguments(arguments), parse_shape(shape))
+    check_fits(module, state)
+    return spec, state
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """The keyword arguments that JSON text spells; ValueError if it is no JSON object."""
+    import json
+
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--architecture-args must be JSON, however: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--architecture-args must be a JSON object, however: {text}")
+    return values
+
+
+def parse_shape(text: str) -> tuple[int, ...] | None:
+    """The shape that ``3,224,224`` spells, None for no text; ValueError if it spells none."""
+    sizes = text.split(",") if text else []
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(f"--input must be positive numbers such as 3,224,224, however: {text}")
+    return tuple(map(int, sizes)) or None
+
+
+def show(spec: PermutationSpec, architecture: str) -> None:
+    """Print a spec as a table: one row a channel space."""
+    from rich.console import Console
+    from rich.table import Table
+
+    channels = sum(space.size for space in spec.spaces)
+    table = Table(
+        title=f"{architecture}: {len(spec.spaces)} spaces of {channels} channels, "
+        f"{len(spec.layers)} layers",
+        caption="members: tensors [axis], + first index, x indices per channel",
+        show_lines=True,
+    )
+    for header in ("space", "members"):
+        table.add_column(header, overflow="fold")
+    table.add_column("channels", justify="right")
+    table.add_column("scalable")
+    for space in spec.spaces:
+        scalable = "yes" if space.scalable else "no"
+        table.add_row(space.name, "\n".join(members(space)), str(space.size), scalable)
+    Console().print(table, markup=False)
+
+
+def members(space: Space) -> list[str]:
+    """The axes of a space in words, the tensors of one module together."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for axis in space.axes:
+        owner, _, name = axis.tensor.rpartition(".")
+        place = f"[{axis.axis}]"
+        place += f" +{axis.offset}" if axis.offset else ""
+        place += f" x{axis.repeat}" if axis.repeat > 1 else ""
+        grouped.setdefault((owner, place), []).append(name)
+    return [
+        f"{owner}{'.' if owner else ''}{', '.join(names)} {place}"
+        for (owner, place), names in grouped.items()
+    ]
