@@ -204,3 +204,27 @@ def test_bad_tables_are_refused(zoo: pd.DataFrame, predictions: pd.DataFrame) ->
     refuses("zoo's runs", predictions, zoo.iloc[10:])
     refuses("there are none", predictions.assign(part="validation"))
     refuses("may be named", predictions.assign(predictor=CEILING))
+
+
+def test_checkpoints_of_a_run_are_resampled_together(zoo: pd.DataFrame) -> None:
+    def copies(frame: pd.DataFrame) -> pd.DataFrame:
+        return pd.concat([frame.assign(run=frame["run"] + f"/{i}") for i in range(4)])
+
+    predictions = predict(zoo)
+    one = find(scores(predictions, zoo, CONFIG), **KEY)
+    grouped = copies(zoo)
+    grouped["group"] = [run.split("/")[0] for run in grouped["run"]]
+    many = find(scores(copies(predictions), grouped, CONFIG), **KEY)
+    assert many["n"] == 4 * one["n"]
+    assert many["high"] - many["low"] == pytest.approx(one["high"] - one["low"], rel=0.3)
+    careless = find(scores(copies(predictions), copies(zoo), CONFIG), **KEY)
+    assert careless["high"] - careless["low"] < 0.7 * (one["high"] - one["low"])
+
+
+KEY = {
+    "predictor": "gbm",
+    "split": "iid",
+    "property": "test_accuracy",
+    "subset": "all",
+    "metric": "mae",
+}

@@ -172,3 +172,15 @@ def test_sizes_count_every_network() -> None:
     assert list(table.columns[:3]) == ["split", "seed", "train"]
     counted = table[["train", "validation", "test", "unused"]].sum(axis=1)
     assert (counted == len(frame)).all() and len(table) == 8
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_checkpoints_of_a_run_share_its_part(split: str) -> None:
+    frame = zoo(300)
+    plain = assign(frame, split, seed=0, config=CONFIG)
+    checkpoints = pd.concat([frame.assign(run=frame["run"] + f"/{i}") for i in range(3)])
+    checkpoints["group"] = [run.split("/")[0] for run in checkpoints["run"]]
+    parts = assign(checkpoints, split, seed=0, config=CONFIG)
+    assert list(parts) == [*plain] * 3
+    mixed = pd.concat([frame.iloc[:100], checkpoints.iloc[100:300]])  # ours have no group
+    assert list(assign(mixed, split, seed=0, config=CONFIG)) == list(plain)

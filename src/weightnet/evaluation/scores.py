@@ -2,9 +2,10 @@
 
 A predictor's value is its metric within each seed's test networks, averaged over the seeds. A
 bootstrap resample draws runs, not rows: a run tested in several seeds gets the same count in each
-(otherwise three seeds on the same networks would look like three times the evidence), and all
-predictors see the same resamples, so that a difference between two is paired. Runs are drawn
-within the set of seeds that test them, which keeps each seed's size.
+(otherwise three seeds on the same networks would look like three times the evidence), checkpoints
+of one training run (column ``group``) are drawn together, and all predictors see the same
+resamples, so that a difference between two is paired. Runs are drawn within the set of seeds that
+test them, which keeps each seed's size.
 
 Subsets: ``all``; ``above_chance``: networks whose measured test accuracy exceeds chance by a
 margin (collapsed networks are trivial to tell apart and inflate R2); each family;
@@ -31,7 +32,7 @@ from pydantic import Field
 
 from weightnet.evaluation import metrics
 from weightnet.evaluation.metrics import METRICS, Counts, Floats
-from weightnet.evaluation.splits import SPLITS
+from weightnet.evaluation.splits import SPLITS, groups
 from weightnet.params import Params
 
 CEILING = "ceiling"
@@ -83,6 +84,7 @@ class _SplitTable:
     families: NDArray[np.str_]
     above_chance: NDArray[np.bool_] | None
     strata: NDArray[np.int64]
+    groups: NDArray[np.int64]
     values: dict[str, dict[str, Floats]]
 
 
@@ -95,7 +97,7 @@ class Evaluation:
             ``part``, rows other than "test" are left out. A predictor that does not accept a
             network leaves its row out (n shows it).
         networks: one row per network: ``run``, ``family``, ``property.<name>`` and, for the
-            ceiling, ``half_a.<name>`` and ``half_b.<name>``.
+            ceiling, ``half_a.<name>`` and ``half_b.<name>``; perhaps ``group``.
 
     Raises:
         ValueError: if a column is missing, a prediction is repeated, not finite or for an unknown
@@ -318,8 +320,13 @@ class Evaluation:
             generator = np.random.default_rng(
                 [self.config.seed, zlib.crc32("/".join(key).encode())]
             )
-            strata = self._tables[split].strata[members]
-            self._weights[key] = metrics.draw_weights(strata, self.config.draws, generator)
+            table = self._tables[split]
+            _, first, group = np.unique(
+                table.groups[members], return_index=True, return_inverse=True
+            )
+            strata = table.strata[members][first]
+            drawn = metrics.draw_weights(strata, self.config.draws, generator)
+            self._weights[key] = drawn[group.reshape(-1)]
         return self._weights[key]
 
 
@@ -459,7 +466,9 @@ def _tabulate(
         accuracy = own["property.test_accuracy"].to_numpy(dtype=np.float64)
         above = accuracy > 1.0 / config.classes + config.chance_margin
     _, strata = np.unique(tested, axis=1, return_inverse=True)
-    return _SplitTable(runs, own["family"].to_numpy(dtype=str), above, strata.reshape(-1), values)
+    families = own["family"].to_numpy(dtype=str)
+    group = pd.factorize(groups(own.reset_index()))[0]
+    return _SplitTable(runs, families, above, strata.reshape(-1), group, values)
 
 
 def _mean(parts: Sequence[Floats], length: int) -> Floats:

@@ -2,8 +2,8 @@
 
 The invariant: a run is in one part, whatever the order, the number or the other columns of the
 rows, because the part follows from a hash of the run's id. Several networks of one run
-(checkpoints) are therefore never on both sides. Adding runs to a zoo moves none of the earlier
-ones (for `unseen_width` as long as the widths stay).
+(checkpoints of an imported zoo, which share a `group`) are therefore never on both sides. Adding
+runs to a zoo moves none of the earlier ones (for `unseen_width` as long as the widths stay).
 
 =======================  =====================================  ================================
 split                    test                                     seeds differ in
@@ -70,7 +70,7 @@ def assign(frame: pd.DataFrame, split: str, *, seed: int, config: SplitsConfig) 
     Args:
         frame: one row per network with columns ``run`` (str), ``family``, ``task`` and ``width``.
             A column ``split`` (an imported zoo's own division: train, validation or test, missing
-            elsewhere) is respected in `iid`.
+            elsewhere) is respected in `iid`. See `groups` for the column ``group``.
         split: one of `SPLITS`.
         seed: which of the repeated divisions, from 0.
 
@@ -115,8 +115,14 @@ def assign(frame: pd.DataFrame, split: str, *, seed: int, config: SplitsConfig) 
                 "zoo or change the splits section of params"
             )
     return pd.Series(
-        parts.loc[frame["run"]].to_numpy(dtype=str), index=frame.index, name="part", dtype="str"
+        parts.loc[groups(frame)].to_numpy(dtype=str), index=frame.index, name="part", dtype="str"
     )
+
+
+def groups(frame: pd.DataFrame) -> pd.Series:
+    """Return what must not be divided: the column ``group`` (the training run that several
+    checkpoints, each with a ``run`` of its own, came from) where there is one, else ``run``."""
+    return frame["group"].fillna(frame["run"]) if "group" in frame else frame["run"]
 
 
 def split_hash(
@@ -166,7 +172,8 @@ def _runs(frame: pd.DataFrame) -> pd.DataFrame:
             f"{', '.join(missing)} missing; rerun tokenize_zoo"
         )
     columns = [*_COLUMNS, *(["split"] if "split" in frame else [])]
-    runs = frame[columns].drop_duplicates().sort_values("run", kind="stable").set_index("run")
+    runs = frame[columns].assign(run=groups(frame)).drop_duplicates()
+    runs = runs.sort_values("run", kind="stable").set_index("run")
     if runs.index.hasnans or runs[["family", "task"]].isna().any(axis=None):
         raise ValueError(
             "each network must have a run, a family and a task, however: one is missing; rerun "
