@@ -63,7 +63,7 @@ def symmetry(
     from weightnet.command import reported
 
     with reported():
-        from weightnet.checkpoint import trace_architecture
+        from weightnet.architecture import trace_architecture
 
         shortcuts = {"width": width, "stem": stem}
         values = {key: value for key, value in shortcuts.items() if value is not None}
@@ -103,6 +103,9 @@ def canonicalize(
     architecture: Architecture,
     order: Annotated[Order, typer.Option(help="Of the channels.")] = Order.sort,
     scale: Annotated[bool, typer.Option(help="Fix the scale of ReLU channels.")] = True,
+    fold_batchnorm: Annotated[
+        bool, typer.Option("--fold-batchnorm", help="Fold BatchNorms into their layers first.")
+    ] = False,
     reference: Annotated[
         Path | None, typer.Option(help="The checkpoint that --order align matches.")
     ] = None,
@@ -120,7 +123,9 @@ def canonicalize(
         other = None
         if reference is not None:
             other = read_fitting(reference, architecture, arguments, shape)[1]
-        form = symmetry.canonicalize(spec, state, order=order.value, scale=scale, reference=other)
+        form = symmetry.canonicalize(
+            spec, state, order=order.value, scale=scale, fold=fold_batchnorm, reference=other
+        )
         write_checkpoint(output, form)
 
 
@@ -128,10 +133,11 @@ def read_fitting(
     checkpoint: Path, architecture: str, arguments: str, shape: str
 ) -> tuple[PermutationSpec, State]:
     """The spec of the architecture, and the tensors of a checkpoint of it."""
-    from weightnet.checkpoint import check_fits, read_checkpoint, trace_architecture
+    from weightnet.architecture import trace_architecture
+    from weightnet.checkpoint import check_fits, read_checkpoint
 
-    state = read_checkpoint(checkpoint)
     module, spec = trace_architecture(architecture, parse_arguments(arguments), parse_shape(shape))
+    state = read_checkpoint(checkpoint, module.state_dict().keys())
     check_fits(module, state)
     return spec, state
 
