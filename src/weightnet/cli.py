@@ -31,6 +31,8 @@ class Order(StrEnum):
     none = "none"
 
 
+SHOWN = 200  # rows of a table of problems
+
 Checkpoint = Annotated[Path, typer.Argument(help="A .safetensors, .pt or .pth file of tensors.")]
 Output = Annotated[Path, typer.Argument(help="The .safetensors file to write.")]
 Architecture = Annotated[
@@ -129,6 +131,49 @@ def canonicalize(
         write_checkpoint(output, form)
 
 
+@app.command("import")
+def import_zoo(
+    folder: Annotated[Path, typer.Argument(help="A folder: metadata.csv and weight files.")],
+    name: Annotated[str, typer.Option(help="What the family is to be called.")],
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out.")] = False,
+    path: Annotated[Path | None, typer.Option(help="A folder of your modules.")] = None,
+    shape: Shape = "",
+) -> None:
+    """Import a zoo of your own as a family of the pipeline. Nothing is written unless all rows are
+    good, or --skip-bad leaves the others out.
+
+    See docs/OWN_NETWORKS.md for the columns of metadata.csv (or metadata.parquet). The modules
+    that its column `architecture` names are imported, and so run; nothing else is.
+    """
+    from weightnet.command import PARAMS_FILE, reported
+
+    with reported():
+        from weightnet import importing
+
+        target = Path("data/raw") / name
+        importing.check_target(folder, name, target)
+        importing.check_family(PARAMS_FILE, name)
+        zoo = importing.check_zoo(folder, name, path=path, shape=parse_shape(shape))
+        show_import(zoo.problems, zoo.notes, zoo.total)
+        bad = len({problem.row for problem in zoo.problems})
+        if bad and not (skip_bad and len(zoo.rows)):
+            remedy = "" if skip_bad else ", or pass --skip-bad to leave these out"
+            raise ValueError(
+                f"every row must be good, however: {bad} of {zoo.total} are not; nothing was "
+                f"written. Correct them{remedy}"
+            )
+        digest = importing.write_zoo(zoo, name, target)
+        importing.add_family(PARAMS_FILE, name, target, digest)
+        out = f", {bad} rows left out" if bad else ""
+        typer.echo(
+            f"{name}: {len(zoo.rows)} networks{out}; properties {', '.join(zoo.properties)}\n"
+            f"It is in {target} and in params.yaml (generate_zoo.families.{name}). To use it, set "
+            f"there\n  families: [{name}]                   # or beside ours\n  splits: [iid]\n"
+            f"  train_predictor.common.properties: [{', '.join(zoo.properties)}]\n"
+            f"  plot.properties: the ones to draw\nand run `dvc repro`."
+        )
+
+
 def read_fitting(
     checkpoint: Path, architecture: str, arguments: str, shape: str
 ) -> tuple[PermutationSpec, State]:
@@ -161,6 +206,34 @@ def parse_shape(text: str) -> tuple[int, ...] | None:
     if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
         raise ValueError(f"--input must be positive numbers such as 3,224,224, however: {text}")
     return tuple(map(int, sizes)) or None
+
+
+def show_import(problems: list[Any], notes: list[str], total: int) -> None:
+    """Print what is wrong with an imported zoo, by row, and what was changed to read it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True)
+    if problems:
+        table = Table(title=f"{len({p.row for p in problems})} of {total} rows are wrong")
+        table.add_column("row", justify="right")
+        table.add_column("file", overflow="fold")
+        table.add_column("what is wrong", overflow="fold")
+        for problem in problems[:SHOWN]:
+            table.add_row(str(problem.row), escape(problem.file), escape(problem.fact))
+        console.print(table)
+    for note in notes[:SHOWN]:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    hidden = max(0, len(problems) - SHOWN) + max(0, len(notes) - SHOWN)
+    if hidden:
+        console.print(f"... and {hidden} more", markup=False)
+
+
+def escape(text: str) -> str:
+    """Text from a file as it is shown: no markup, no control characters."""
+    from rich.markup import escape as escape_markup
+
+    return escape_markup("".join(c if c.isprintable() else "?" for c in text))
 
 
 def show(spec: PermutationSpec, architecture: str) -> None:

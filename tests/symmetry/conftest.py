@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from weightnet.torchvision_import import load_torchvision
+from weightnet.zoo.architectures import FAMILIES, build
 
 models = load_torchvision().models
 
@@ -76,8 +78,8 @@ class Staggered(nn.Module):
         self.parts = nn.ModuleList(nn.Conv2d(3, size, 3) for size in sizes)
         self.middle = nn.Conv2d(6, 8, 3)
         self.grouped = nn.Conv2d(8, 12, 3, groups=4)
-        self.ragged = nn.Conv2d(12, 9, 1, groups=3)
-        self.last = nn.Conv2d(9, 8, 1)
+        self.again = nn.Conv2d(12, 8, 1, groups=4)
+        self.last = nn.Conv2d(8, 8, 1)
         self.head = nn.Linear(8, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +87,7 @@ class Staggered(nn.Module):
         x = torch.cat([a, b], 1) + torch.cat([c, d], 1)
         x += e
         x = F.relu(self.grouped(F.relu(self.middle(F.relu(x)))))
-        return self.head(F.relu(self.last(F.relu(self.ragged(x)))).mean((2, 3)))
+        return self.head(F.relu(self.last(F.relu(self.again(x)))).mean((2, 3)))
 
 
 class Excited(nn.Module):
@@ -142,6 +144,13 @@ def plain() -> nn.Sequential:
     )
 
 
+def small_family(name: str) -> nn.Module:
+    """A family of the zoo at a sixteenth of its width; its weights are yet to be drawn."""
+    with torch.device("meta"):
+        module = build(name, width=0.0625, stem="small", size=16, classes=4)
+    return module.to_empty(device="cpu")
+
+
 SMALL: dict[str, Callable[[], nn.Module]] = {
     "plain": plain,
     "nested_residual": NestedResidual,
@@ -149,9 +158,23 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "staggered": Staggered,
     "excited": Excited,
     "attentive": Attentive,
-    "small_resnet": lambda: models.resnet.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], 4),
-    "small_densenet": lambda: models.DenseNet(4, (2, 3), 8, num_classes=4),
-    "small_mobilenet_v2": lambda: models.mobilenet_v2(width_mult=0.25, num_classes=4),
+    "vit": lambda: models.VisionTransformer(16, 4, 2, 3, 12, 20, num_classes=4),
+    "efficientnet": lambda: models.EfficientNet(
+        [
+            models.efficientnet.MBConvConfig(1, 3, 1, 32, 16, 1, 0.25, 1.0),
+            models.efficientnet.MBConvConfig(6, 5, 2, 16, 24, 2, 0.25, 1.0),
+        ],
+        dropout=0.2,
+        num_classes=4,
+    ),
+    "convnext": lambda: models.ConvNeXt(
+        [
+            models.convnext.CNBlockConfig(6, 10, 2),
+            models.convnext.CNBlockConfig(10, None, 1),
+        ],
+        num_classes=4,
+    ),
+    **{name: partial(small_family, name) for name in FAMILIES if name != "cnn"},
 }
 FULL = ("resnet18", "vgg11", "mobilenet_v2", "densenet121")
 
@@ -162,6 +185,7 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if "num_batches" in name:
+                tensor.zero_()
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
             if tensor.dim() > 1:
@@ -192,17 +216,19 @@ def full_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def full_module(full_name: str) -> nn.Module:
-    """torchvision's own model, full size, float64."""
+    """torchvision's own model, full size, without storage."""
     with torch.device("meta"):
-        made: nn.Module = getattr(models, full_name)(weights=None)
-    return randomize(made.to_empty(device="cpu").apply(_reset)).double()
-
-
-def _reset(part: nn.Module) -> None:
-    if isinstance(part, nn.BatchNorm2d):
-        part.reset_parameters()
+        return build(full_name)
 
 
 @pytest.fixture
 def image() -> torch.Tensor:
     return small_input()
+
+
+@pytest.fixture
+def resnet18() -> nn.Module:
+    """torchvision's own, full size, in float64."""
+    with torch.device("meta"):
+        module = build("resnet18")
+    return randomize(module.to_empty(device="cpu")).double()

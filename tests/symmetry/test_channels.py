@@ -73,5 +73,7 @@ def test_a_part_is_a_block_of_its_own_everywhere() -> None:
     assert resolve(label)[1] == part[0]
     assert take(label, 2, 2) == ()
     wide = tile(fresh(4), 1, 3)
-    assert total(take(wide, 4, 9)) == 5  # cuts through a channel: fixed
-    assert all(block.fixed for block, _ in resolve(wide))
+    with pytest.raises(MisalignedError, match="3 wide"):
+        take(wide, 4, 9)
+    fix(wide)
+    assert total(take(wide, 4, 9)) == 5

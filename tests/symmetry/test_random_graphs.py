@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 
-from weightnet.symmetry import canonicalize, permute, random_scales, rescale, trace
+from weightnet.symmetry import canonicalize, fold_batchnorm, permute, random_scales, rescale, trace
 
 STEPS = ["conv", "linear_conv", "depthwise", "grouped", "norm", "add", "join", "part", "mix"]
 Step = tuple[str, int, int, int]
@@ -93,13 +93,17 @@ def test_random_graphs_keep_their_function(steps: list[Step], seed: int) -> None
         parameter.data.add_(torch.randn_like(parameter) * 0.2)
     image = torch.randn(2, 2, 5, 5, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    spec, state = trace(module, image), module.state_dict()
+    try:
+        spec, state = trace(module, image), module.state_dict()
+    except ValueError as refusal:  # a group reaches over the border of two spaces
+        assert "wide meet" in str(refusal) and "Conv2d" in str(refusal)
+        reject()
     permuted = permute(spec, spec.random(generator), state)
     scaled = rescale(spec, random_scales(spec, generator), permuted)
     form = canonicalize(spec, state, scale=True)
     with torch.no_grad():
         expected = module(image)
-        for changed in (permuted, scaled, form):
+        for changed in (permuted, scaled, form, fold_batchnorm(spec, state)):
             found = functional_call(module, changed, (image,))
             assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
     again = canonicalize(spec, permuted, scale=True)

@@ -175,7 +175,10 @@ class Body(nn.Module):
         (lambda x: torch.cumsum(x, 1), "cumsum"),
         (lambda x: F.conv2d(x, torch.ones(4, 4, 1, 1)), "conv2d"),
         (lambda x: x.view(2, 2, 2, 5, 5).transpose(1, 2).reshape(2, 4, 5, 5), "view"),
-        (lambda x: x if x.sum() > 0 else -x, "torch.fx"),
+        (lambda x: x.flatten(1)[:, :30], "getitem .* cut through channels that are 25 wide"),
+        (lambda x: x[:, ::2], "getitem .* must have step 1"),
+        (lambda x: x if x.sum() > 0 else -x, "torch.fx.*module '1'"),
+        (lambda x: x[: int(x.sum())], "torch.fx.*module '1'"),
     ],
 )
 def test_refusals_name_the_operation(
@@ -192,6 +195,11 @@ def test_refusal_names_node_and_module() -> None:
     layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 1), nn.Conv2d(4, 2, 1))
     with pytest.raises(ValueError, match=r"ConvTranspose2d .*'1'"):
         trace(layers, torch.zeros(2, 3, 5, 5))
+    uneven = nn.Sequential(
+        nn.Conv2d(3, 12, 1, groups=1), *(nn.Conv2d(12, 12, 1, groups=g) for g in (4, 3))
+    )
+    with pytest.raises(ValueError, match=r"Conv2d .*'2'.*: 4 channels that are 3 wide"):
+        trace(uneven, torch.zeros(2, 3, 5, 5))
     with pytest.raises(ValueError, match="node"):
         trace(nn.Sequential(nn.Conv2d(3, 4, 1)), torch.zeros(2, 5, 5, 5))
 

@@ -1,5 +1,6 @@
 """The symmetries of a network, traced from its module graph, and what can be done with them."""
 
+from weightnet.symmetry.batchnorm import fold_batchnorm
 from weightnet.symmetry.canonicalize import canonicalize
 from weightnet.symmetry.permute import (
     State,
@@ -20,6 +21,7 @@ __all__ = [
     "Space",
     "State",
     "canonicalize",
+    "fold_batchnorm",
     "inverse",
     "permute",
     "random_permutation",

@@ -34,6 +34,7 @@ from typing import Literal
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from weightnet.symmetry.batchnorm import fold_batchnorm, without_batchnorm
 from weightnet.symmetry.permute import (
     State,
     along,
@@ -62,6 +63,7 @@ def canonicalize(
     *,
     order: Order = "sort",
     scale: bool = False,
+    fold: bool = False,
     reference: State | None = None,
 ) -> dict[str, torch.Tensor]:
     """The canonical form of ``state``: the same function, with its channels in a canonical order
@@ -72,7 +74,8 @@ def canonicalize(
             ``reference``.
         scale: whether to fix the scale of channels between positively homogeneous units, before
             the order.
-        reference: the state to align to, of the same spec; it is scaled too if ``scale`` is set.
+        fold: whether to fold each BatchNorm into the layer before it first (`fold_batchnorm`).
+        reference: the state to align to, of the same spec; folded and scaled as ``state`` is.
 
     Raises:
         ValueError: for an unknown order, a missing or needless reference, or a state that does not
@@ -86,6 +89,10 @@ def canonicalize(
             f"a reference must come with order='align' and only with it, however: {fact}"
         )
     found = {key: tensor.detach() for key, tensor in state.items()}
+    if fold:
+        found = fold_batchnorm(spec, found)
+        reference = None if reference is None else fold_batchnorm(spec, reference)
+        spec = without_batchnorm(spec)
     if scale:
         found = rescale(spec, canonical_scales(spec, found), found)
     if order == "none":

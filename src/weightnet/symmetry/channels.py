@@ -128,6 +128,11 @@ def _freeze(
         (first if rest > 0 else second).appendleft((Block(abs(rest), fixed=True), 1))
 
 
+def moves(label: Label | None) -> bool:
+    """Whether some channel may move."""
+    return any(not block.fixed for block, _ in resolve(label or ()))
+
+
 def fix(label: Label | None) -> None:
     """Forbid the channels to move."""
     for block, _ in resolve(label or ()):
@@ -148,8 +153,8 @@ def take(label: Label, start: int, stop: int) -> Label:
         for block, repeat in resolve(label):
             inside = edge - offset
             if 0 < inside < block.size * repeat:
-                if inside % repeat:  # cut through a channel
-                    block.fixed = True
+                if inside % repeat and not block.fixed:
+                    raise MisalignedError(f"a cut through channels that are {repeat} wide")
                 elif not block.fixed:
                     block.cut(inside // repeat)
                     break  # the other places of the same block are cut too

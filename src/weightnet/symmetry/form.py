@@ -14,7 +14,8 @@ from weightnet.symmetry.spec import PermutationSpec
 
 
 class CanonicalForm(Params):
-    """``order`` of the channels (none, sort, align) and whether to fix their ``scale``.
+    """``order`` of the channels (none, sort, align), whether to fix their ``scale``, and whether
+    to fold BatchNorms into the layers before them first.
 
     ``align`` matches every network to a random one of its architecture, drawn from the spec, so
     that a single checkpoint is aligned exactly as a zoo is.
@@ -22,6 +23,7 @@ class CanonicalForm(Params):
 
     order: Literal["none", "sort", "align"] = "sort"
     scale: bool = True
+    fold_batchnorm: bool = False
 
     def apply(self, spec: PermutationSpec, state: State) -> dict[str, torch.Tensor]:
         """The canonical form of ``state``: the same function."""
@@ -34,4 +36,11 @@ class CanonicalForm(Params):
                 else tensor
                 for name, tensor in state.items()
             }
-        return canonicalize(spec, state, order=self.order, scale=self.scale, reference=reference)
+        return canonicalize(
+            spec,
+            state,
+            order=self.order,
+            scale=self.scale,
+            fold=self.fold_batchnorm,
+            reference=reference,
+        )

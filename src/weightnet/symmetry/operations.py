@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from weightnet.symmetry.channels import Label, fix, fresh, resolve, stiffen, take, tie, tile
+from weightnet.symmetry.channels import Label, fix, fresh, moves, stiffen, take, tie, tile
 
 
 @dataclass(eq=False)
@@ -37,6 +37,7 @@ class Draft:
     stride: tuple[int, int] = (1, 1)
     groups: int = 1
     activation: str = "identity"
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class Value:
     @property
     def labelled(self) -> bool:
         """Whether some axis holds channels that may move."""
-        return any(not b.fixed for label in self.labels if label for b, _ in resolve(label))
+        return any(moves(label) for label in self.labels)
 
     def stiffen(self) -> None:
         for label in self.labels:
@@ -331,7 +332,7 @@ def _regroup(
     place = (wide or marked)[0]
     label = sources[place]
     assert label is not None
-    if not any(not block.fixed for block, _ in resolve(label)):
+    if not moves(label):
         return
     large = [target for target in targets if new[target] > 1]
     if len(large) > 1 and wide:
@@ -413,8 +414,9 @@ def _getitem(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
                 fix(None if label is None else take(label, i % length, i % length + 1))
                 continue
             start, stop, step = i.indices(length)
-            if label is not None and step != 1:
-                fix(label)
+            if step != 1:
+                if moves(label):
+                    raise ValueError("a slice of channels must have step 1")
                 label = None
             labels.append(None if label is None else take(label, start, max(start, stop)))
     return Value(result, tuple(labels), x.pending)

@@ -65,7 +65,8 @@ class Layer:
     ``variance``). ``activation`` is what is applied to the layer's output before the next
     parametrized layer (identity, relu, relu6, tanh, gelu, silu, hardswish ...). ``inputs`` covers
     axis 1 of the weight and ``outputs`` covers axis 0; the sizes x repeats of each sum to the
-    length of that axis. A norm's ``inputs`` are its ``outputs``.
+    length of that axis. A norm's ``inputs`` are its ``outputs``. ``epsilon`` is what a BatchNorm
+    adds to its running variance.
 
     A grouped conv (``groups`` > 1, depthwise included) moves by whole groups: its axis 1, the
     inputs inside one group, is fixed (``Segment(None, ...)``), and the channels that it reads
@@ -88,6 +89,7 @@ class Layer:
     activation: str
     inputs: tuple[Segment, ...]
     outputs: tuple[Segment, ...]
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from torch.func import functional_call
 from weightnet.symmetry.channels import (
     Block,
     Label,
-    MisalignedError,
     fix,
     fresh,
+    moves,
     resolve,
     stiffen,
     take,
@@ -67,14 +67,7 @@ def trace(module: nn.Module, example_input: torch.Tensor) -> PermutationSpec:
     attributes = set(vars(module))
     module.eval()
     try:
-        graph = _Tracer().trace(module)
-        walk = _Walk(module, graph)
-        return walk.run(example_input)
-    except fx.proxy.TraceError as error:
-        raise ValueError(
-            f"the module must be traceable by torch.fx, however: {error}; take branches on values "
-            f"out of the forward of {type(module).__name__}"
-        ) from None
+        return _Walk(module, _draw_graph(module)).run(example_input)
     finally:
         for part, mode in modes.items():
             part.training = mode
@@ -88,6 +81,19 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = any(isinstance(m, leaf) and type(m).forward is leaf.forward for leaf in _LEAVES)
         return known or super().is_leaf_module(m, module_qualified_name)
+
+
+def _draw_graph(module: nn.Module) -> fx.Graph:
+    tracer = _Tracer()
+    try:
+        return tracer.trace(module)
+    except Exception as error:  # whatever the forward of the user's module raises on proxies
+        inside = [path for path, _ in tracer.module_stack.values()][-1:]
+        where = f"module {inside[0]!r}" if inside else f"the forward of {type(module).__name__}"
+        raise ValueError(
+            f"the module must be traceable by torch.fx, however: {error} (in {where}); take "
+            "branches on values and assignments to parts of tensors out of it"
+        ) from error
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -277,11 +283,7 @@ class _Walk:
             moving = Block(groups)
             outputs = ((moving, module.out_channels // groups),)
             inside = fresh(module.in_channels // groups, fixed=True)
-            try:
-                tie(inputs, ((moving, module.in_channels // groups),))
-            except MisalignedError:  # a group reaches over the border of two spaces
-                fix(inputs)
-                fix(outputs)
+            tie(inputs, ((moving, module.in_channels // groups),))
         draft = Draft(
             str(node.target), "conv", inside, outputs,
             kernel=_pair(module.kernel_size), stride=_pair(module.stride), groups=groups,
@@ -348,6 +350,7 @@ class _Walk:
         elif folded is None and statistics[0] is not None:
             draft = self._draft(statistics[0], draft)
         draft.scale, draft.shift, draft.mean, draft.variance = keys
+        draft.epsilon = module.eps if statistics[1] is not None else None
         carries = folded is not None or any(key is not None for key in keys)
         return Value(result, tuple(labels), (draft,) if carries else x.pending)
 
@@ -489,10 +492,7 @@ def _settle(value: Any) -> Any:
         )
     if not isinstance(value, Value):
         return value
-    moving = tuple(
-        label if label and any(not b.fixed for b, _ in resolve(label)) else None
-        for label in value.labels
-    )
+    moving = tuple(label if moves(label) else None for label in value.labels)
     return dataclasses.replace(value, labels=moving)
 
 
