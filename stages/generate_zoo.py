@@ -4,11 +4,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ConfigDict
 
 from weightnet.command import load_section, reported
+from weightnet.params import Params
+from weightnet.zoo.imported import ImportedConfig, read_recipes
 from weightnet.zoo.recipes import FamilyConfig, RecipeConfig, sample_recipes
 
 RECIPES = Path("data/recipes")
+
+
+class AnyFamily(Params):
+    """What tells an imported family from one of ours."""
+
+    model_config = ConfigDict(extra="ignore")
+    imported: str | None = None
 
 
 def main(
@@ -16,12 +26,17 @@ def main(
 ) -> None:
     """Draw the recipes of one family of networks: one row a training run, each with a hash id.
 
-    Reads params.yaml (generate_zoo) and writes data/recipes/<family>.parquet.
+    The rows of a family that `weightnet import` brought are copied from where it put them. Reads
+    params.yaml (generate_zoo) and writes data/recipes/<family>.parquet.
     """
     with reported():
         ranges = load_section(RecipeConfig, "generate_zoo", "ranges")
-        config = load_section(FamilyConfig, "generate_zoo", "families", family)
-        recipes = sample_recipes(family, config, ranges)
+        section = ("generate_zoo", "families", family)
+        if load_section(AnyFamily, *section).imported is not None:
+            recipes = read_recipes(family, load_section(ImportedConfig, *section))
+        else:
+            config = load_section(FamilyConfig, *section)
+            recipes = sample_recipes(family, config, ranges)
         RECIPES.mkdir(parents=True, exist_ok=True)
         recipes.to_parquet(RECIPES / f"{family}.parquet", index=False)
         typer.echo(f"{family}: {len(recipes)} recipes in {recipes['stack'].nunique()} stacks")

@@ -10,13 +10,14 @@ import pyarrow as pa
 import torch
 import typer
 
+from weightnet.architecture import build_architecture
 from weightnet.command import load_section, reported, require
 from weightnet.params import Params
 from weightnet.progress import Progress
 from weightnet.symmetry import PermutationSpec, trace
 from weightnet.symmetry.form import CanonicalForm
 from weightnet.tokens import TokensConfig, spec_id, tokenize, write_tokens
-from weightnet.zoo.architectures import build
+from weightnet.zoo.imported import ADOPTED_CODE, HIDDEN
 from weightnet.zoo.store import read_zoo
 
 RECIPES = Path("data/recipes")
@@ -34,28 +35,41 @@ class TokenizeConfig(Params):
 def describe(family: str) -> tuple[pd.DataFrame, dict[str, PermutationSpec]]:
     """One row a network as docs/SHARDS.md asks, and the spec of each architecture, traced."""
     recipes = pd.read_parquet(require(RECIPES / f"{family}.parquet", f"generate_zoo@{family}"))
-    named = {text: trace_architecture(family, text) for text in recipes["arguments"].unique()}
+    if "architecture" not in recipes:
+        recipes = recipes.assign(architecture=family)
+    shapes = recipes["input"] if "input" in recipes else recipes["arguments"].map(image_shape)
+    keys = list(zip(recipes["architecture"], recipes["arguments"], shapes, strict=True))
+    named = {key: trace_architecture(family, *key) for key in dict.fromkeys(keys)}
     measured = pd.concat([stack.networks for stack in read_zoo(ZOO / family)])
     if set(measured["run"]) != set(recipes["run"]):
         raise ValueError(
             f"{ZOO / family} must hold the runs of {RECIPES / family}.parquet, however: they "
             f"differ; run `dvc repro train_zoo@{family}`"
         )
-    keep = ["run", "family", "task", "width"]
-    drop = [*keep, "stack", "arguments", "seed"]
-    ways = recipes.drop(columns=drop).add_prefix("recipe.")
-    frame = pd.concat([recipes[keep], ways], axis=1)
-    frame["spec"] = recipes["arguments"].map(lambda text: spec_id(named[text]))
+    keep = ["run", "family", "task", "width", "group", "split"]
+    ways = recipes.drop(columns=[*keep, *HIDDEN, "seed"], errors="ignore")
+    ways = ways.rename(columns=lambda name: f"recipe.{name.removeprefix('recipe.')}")
+    frame = pd.concat([recipes[[name for name in keep if name in recipes]], ways], axis=1)
+    identity = {key: spec_id(spec) for key, spec in named.items()}
+    frame["spec"] = [identity[key] for key in keys]
     frame = frame.merge(measured, on="run", validate="one_to_one")
     frame["diverged"] = frame.pop("diverged_at") >= 0
     return frame, {spec_id(spec): spec for spec in named.values()}
 
 
-def trace_architecture(family: str, arguments: str) -> PermutationSpec:
-    """The permutation spec of one architecture, read off its module graph."""
+def image_shape(arguments: str) -> str:
+    """The shape of one input of our families, from their arguments, as JSON."""
     values = json.loads(arguments)
-    size = values["size"]
-    return trace(build(family, **values), torch.zeros(1, values["image_channels"], size, size))
+    return json.dumps([values["image_channels"], values["size"], values["size"]])
+
+
+def trace_architecture(
+    family: str, architecture: str, arguments: str, shape: str
+) -> PermutationSpec:
+    """The permutation spec of one architecture, read off its module graph."""
+    code = ZOO / family / ADOPTED_CODE
+    module = build_architecture(architecture, json.loads(arguments), path=code)
+    return trace(module, torch.empty(1, *json.loads(shape), device="meta"))
 
 
 def main(

@@ -1,5 +1,6 @@
 """Train a family's networks and measure their properties: data/zoo/<family>/."""
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -8,9 +9,10 @@ import typer
 
 from weightnet.command import load_section, reported, require
 from weightnet.progress import Progress
+from weightnet.zoo.imported import ADOPTED_CODE, CODE, STACKS
 from weightnet.zoo.properties import TrainingConfig
 from weightnet.zoo.stacks import default_executor, plan_stacks
-from weightnet.zoo.store import is_complete, prune, read_zoo
+from weightnet.zoo.store import adopt, is_complete, prune, read_zoo
 
 RECIPES = Path("data/recipes")
 ZOO = Path("data/zoo")
@@ -30,6 +32,9 @@ def main(
         recipes = pd.read_parquet(require(RECIPES / f"{family}.parquet", f"generate_zoo@{family}"))
         folder = ZOO / family
         folder.mkdir(parents=True, exist_ok=True)
+        if "source" in recipes:
+            adopt_imported(family, recipes, folder)
+            return
         stacks = plan_stacks(recipes, config.properties, config.measure, folder)
         missing = [stack for stack in stacks if not is_complete(stack.folder)]
         failures = []
@@ -52,6 +57,21 @@ def main(
             f"removed {len(pruned)} stale; "
             f"{diverged} of {len(recipes)} runs diverged (kept and marked)"
         )
+
+
+def adopt_imported(family: str, recipes: pd.DataFrame, folder: Path) -> None:
+    """Fill the folder of an imported family, whose networks are trained and measured already."""
+    source = Path(recipes["source"].iat[0])
+    names = sorted(recipes["stack"].unique())
+    copied, kept = adopt(source / STACKS, folder, names)
+    pruned = prune(folder, {*names, ADOPTED_CODE})
+    if (source / CODE).is_dir():
+        shutil.rmtree(folder / ADOPTED_CODE, ignore_errors=True)
+        shutil.copytree(source / CODE, folder / ADOPTED_CODE)
+    typer.echo(
+        f"{family}: copied {copied} imported stacks, reused {kept}, removed {len(pruned)} stale; "
+        f"{len(recipes)} networks"
+    )
 
 
 if __name__ == "__main__":

@@ -103,6 +103,28 @@ def prune(folder: Path, keep: set[str]) -> list[str]:
     return [path.name for path in stale]
 
 
+def adopt(source: Path, folder: Path, names: list[str]) -> tuple[int, int]:
+    """Copy the stacks called ``names`` from ``source`` into ``folder``, those that are there and
+    whole excepted; return how many were copied and kept.
+
+    Raises:
+        ValueError: if a stack of ``source`` is missing or damaged.
+    """
+    missing = [name for name in names if not is_complete(folder / name)]
+    for name in missing:
+        if not is_complete(source / name):
+            raise ValueError(
+                f"{source / name} must be a whole stack, however: it is missing or damaged; "
+                "import the zoo again with `weightnet import`"
+            )
+        temporary = folder / f".{name}.{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source / name, temporary)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        temporary.rename(folder / name)
+    return len(missing), len(names) - len(missing)
+
+
 def _checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
