@@ -98,7 +98,7 @@ def main() -> None:
                 changes.append(
                     audit(
                         fitted,
-                        audited,
+                        audited.select(fitted.accepts(audited)),
                         split=splits[0],
                         generator=torch_generator("audit", name),
                         copies=config.audit.copies,

@@ -61,10 +61,17 @@ def train_seed(
             f"({', '.join(measured)}), however: it has {', '.join(unknown)}"
         )
     parts = assign(networks.frame, split, seed=seed, config=config.splits)
+    model = build(predictor, settings, config.properties, seed)
+    accepted = model.accepts(networks)
+    if not accepted[parts == "train"].any():
+        raise ValueError(
+            f"predictor {predictor} must accept a training network of split {split}, however: it "
+            f"accepts none; leave it out of params key predictors"
+        )
+    networks, parts = networks.select(accepted), parts[accepted]
     where = f"{predictor}-{split}"
     train = networks.select((parts == "train").to_numpy())
     validation = networks.select((parts == "validation").to_numpy())
-    model = build(predictor, settings, config.properties, seed)
     checkpoint = CHECKPOINTS / where / f"seed{seed}"
     with Live(
         str(CURVES / where / f"seed{seed}"), report=None, save_dvc_exp=False, dvcyaml=None

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from weightnet.params import Params
 from weightnet.predictors.calibration import LEVEL, conformal_factors
@@ -124,6 +125,11 @@ class Predictor(ABC):
         mean, spread = self._estimate_in_units(networks)
         reach = self._factors * spread
         return Prediction(self.properties, mean, mean - reach, mean + reach)
+
+    def accepts(self, networks: Networks) -> NDArray[np.bool_]:
+        """Return which of ``networks`` can be fitted and predicted [B]; all, unless it says
+        otherwise."""
+        return np.ones(len(networks), dtype=bool)
 
     def save(self, folder: Path) -> None:
         """Write the fitted predictor to ``folder``, replacing it as a whole (JSON, safetensors,

@@ -17,9 +17,11 @@ class Entry:
 
     ``module`` holds the config class named ``config`` and a function
     ``build(name, config, properties, seed) -> Predictor``; it is imported on first use.
+    A ``published`` system reads only the networks that it accepts: it is compared where both
+    predicted, and is no contender for the best of a column.
     """
 
-    kind: Literal["ours", "baseline", "floor", "control"]
+    kind: Literal["ours", "baseline", "published", "floor", "control"]
     module: str
     config: str
     description: str
@@ -49,6 +51,12 @@ PREDICTORS: dict[str, Entry] = {
         "weightnet.predictors.trees",
         "TreeConfig",
         "LightGBM on weight statistics, tuned on validation",
+    ),
+    "nfn": Entry(
+        "published",
+        "weightnet.predictors.nfn",
+        "NfnConfig",
+        "neural functional (HNP layers, HNPPool) on the networks that it accepts: plain chains",
     ),
     "mean": Entry(
         "floor",

@@ -13,11 +13,12 @@ from typing import Literal
 
 import pandas as pd
 
-Kind = Literal["ours", "baseline", "floor", "control", "ceiling"]
-KINDS: tuple[Kind, ...] = ("ours", "baseline", "floor", "control", "ceiling")
+Kind = Literal["ours", "baseline", "published", "floor", "control", "ceiling"]
+KINDS: tuple[Kind, ...] = ("ours", "baseline", "published", "floor", "control", "ceiling")
 KIND_NAMES: Mapping[str, str] = {
     "ours": "this project",
     "baseline": "baseline",
+    "published": "published, where it applies",
     "floor": "floor",
     "control": "control",
     "ceiling": "ceiling",

@@ -32,6 +32,7 @@ LINES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 KIND_STYLE: Mapping[str, tuple[str, str]] = {
     "ours": (BLUE, "o"),
     "baseline": (ORANGE, "s"),
+    "published": (GREEN, "^"),
     "floor": (GREY, "D"),
     "control": (PURPLE, "X"),
     "ceiling": (BLACK, "|"),
