@@ -93,8 +93,14 @@ def read_state(path: Path, module: nn.Module) -> tuple[dict[str, torch.Tensor], 
             infinite weights.
     """
     notes: list[str] = []
+    found = read_checkpoint(path, module.state_dict().keys(), notes=notes)
+    return fit_state(found, module, notes), notes
+
+
+def fit_state(found: State, module: nn.Module, notes: list[str]) -> dict[str, torch.Tensor]:
+    """The tensors ``found`` as `read_state` returns them; what was converted is added to
+    ``notes``."""
     expected = module.state_dict()
-    found = read_checkpoint(path, expected.keys(), notes=notes)
     counters = [key for key in expected if key.endswith(_COUNTER) and key not in found]
     wanted = {key: tensor for key, tensor in expected.items() if key not in counters}
     check_fits(wanted, found)
@@ -110,17 +116,17 @@ def read_state(path: Path, module: nn.Module) -> tuple[dict[str, torch.Tensor], 
             raise CheckpointError(f"weights must be real numbers, however: {key} is complex")
         if tensor.dtype not in (torch.float32, torch.float64):
             converted.add(str(tensor.dtype).removeprefix("torch."))
-            tensor = tensor.to(torch.float32)
+            tensor = tensor.to(device="cpu", dtype=torch.float32)
         bad = int(tensor.numel() - torch.isfinite(tensor).sum())
         if bad:
             raise CheckpointError(
                 f"weights must be finite, however: {bad} of {tensor.numel()} in {key} are NaN or "
                 "infinite; training diverged, or the file is damaged"
             )
-        state[key] = tensor.contiguous()
+        state[key] = tensor.detach().cpu().contiguous()
     if converted:
         notes.append(f"read {' and '.join(sorted(converted))} weights as float32")
-    return state, notes
+    return state
 
 
 def check_fits(module: nn.Module | Mapping[str, torch.Tensor], state: State) -> None:

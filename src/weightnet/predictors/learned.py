@@ -20,6 +20,7 @@ from weightnet.predictors.fitting import (
     seeded,
 )
 from weightnet.predictors.interface import Log, Predictor, read_arrays, write_arrays
+from weightnet.predictors.novelty import Novelty, embed_batches
 from weightnet.predictors.scaling import Array
 from weightnet.randomness import derive_seed
 
@@ -66,6 +67,7 @@ class ModulePredictor(Predictor):
         super().__init__(name, config, properties, seed)
         self.reader, self.fit_config = reader, fit
         self.modules: list[nn.Module] = []
+        self.novelty: Novelty | None = None
 
     def _train(
         self,
@@ -97,6 +99,27 @@ class ModulePredictor(Predictor):
                 checkpoint=checkpoint / f"member-{member}.safetensors" if checkpoint else None,
             )
             self.modules.append(module)
+        self.calibrate_novelty(train, validation)
+
+    def embed(self, networks: Networks) -> Array:
+        """What the heads read of each network, float32 [B, D]: for search and clustering.
+
+        Raises:
+            ValueError: if the predictor was never fitted, or has no embedding.
+        """
+        self._fitted()
+        batches = self.reader.batches(networks, training=False)
+        found = embed_batches(self.modules[0], batches, self.fit_config)
+        if found is None:
+            raise ValueError(f"a WeightNet must embed networks, however: {self.name} has none")
+        return found
+
+    def calibrate_novelty(self, train: Networks, validation: Networks) -> None:
+        """Remember how far networks lie from those of training, if the modules have an
+        embedding."""
+        self.novelty = None
+        if len(train) and len(validation) and hasattr(self.modules[0], "hidden"):
+            self.novelty = Novelty.fit(self.embed(train), self.embed(validation))
 
     def _estimate(self, networks: Networks) -> tuple[Array, Array]:
         batches = self.reader.batches(networks, training=False)
@@ -110,6 +133,8 @@ class ModulePredictor(Predictor):
         for member, module in enumerate(self.modules):
             state = {name: value.cpu().numpy() for name, value in module.state_dict().items()}
             write_arrays(folder / f"member-{member}.safetensors", state)
+        if self.novelty is not None:
+            self.novelty.write(folder)
 
     def _read(self, folder: Path) -> None:
         self.reader.read(folder)
@@ -122,6 +147,7 @@ class ModulePredictor(Predictor):
                 {name: torch.from_numpy(array) for name, array in arrays.items()}
             )
             self.modules.append(module.eval())
+        self.novelty = Novelty.read(folder)
 
 
 def _member_log(log: Log | None, member: int) -> Log | None:
