@@ -10,6 +10,7 @@ import inspect
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,8 +49,14 @@ def build_architecture(
     """
     build = _builder(name, path)
     try:
-        with torch.device("meta"), importable(path):
-            module = build(**(arguments or {}))
+        with importable(path), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torchvision's, on initial weights
+            try:
+                with torch.device("meta"):
+                    module = build(**(arguments or {}))
+            except NotImplementedError:  # it reads values while it is built
+                module = build(**(arguments or {}))
+                module = module.to("meta") if isinstance(module, nn.Module) else module
     except _BUILD_ERRORS as error:
         raise ValueError(
             f"architecture {name} must be built from its arguments, however: "
