@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from weightnet.symmetry import PermutationSpec, Space, State
 
 app = typer.Typer(
@@ -131,6 +133,101 @@ def canonicalize(
         write_checkpoint(output, form)
 
 
+@app.command()
+def predict(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(help="Files of tensors: .safetensors, .pt.")
+    ],
+    architecture: Architecture,
+    arguments: Arguments = "{}",
+    predictor: Annotated[
+        Path | None, typer.Option(help="A saved predictor [the pipeline's, or the reference]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    path: Annotated[Path | None, typer.Option(help="A folder of your modules.")] = None,
+    shape: Shape = "",
+) -> None:
+    """Predict the properties of trained networks from their weights, with 90% intervals.
+
+    Exit code 0: all predicted; 1: some checkpoints could not be read; 2: none, or wrong usage.
+    """
+    from weightnet.command import reported
+
+    with reported():
+        if as_json and as_csv:
+            raise ValueError("one of --json and --csv may be given, however: both are")
+        from weightnet.estimator import WeightNet, prepare
+
+        model = WeightNet.load(predictor)
+        settings: dict[str, Any] = {"architecture": architecture, "path": path}
+        settings |= {"arguments": parse_arguments(arguments), "shape": parse_shape(shape)}
+        prepared, errors = [], []
+        for checkpoint in checkpoints:
+            try:
+                prepared += prepare(checkpoint, **settings)
+            except ValueError as error:
+                errors.append(str(error))
+        if not prepared:
+            raise ValueError("\nerror: ".join(dict.fromkeys(errors)))
+        table = model.predict_prepared(prepared)
+        if as_json:
+            typer.echo(table.reset_index().to_json(orient="records", indent=1, double_precision=6))
+        elif as_csv:
+            typer.echo(table.to_csv(float_format="%.6g"), nl=False)
+        else:
+            show_predictions(table, f"predicted by {model.predictor} in {model.place}")
+        for one in prepared:
+            for note in one.notes:
+                typer.echo(f"note: {one.name}: {note}", err=True)
+        if "outside" in table:
+            for name, row in table[table["outside"]].iterrows():
+                typer.echo(
+                    f"warning: {name} is unlike the networks that the predictor was trained on "
+                    f"(farther from them than {1 - row['novelty']:.0%} of its validation "
+                    "networks): do not rely on its predictions",
+                    err=True,
+                )
+        for text in errors:
+            typer.echo(f"error: {text}", err=True)
+        if errors:
+            raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    histogram: Annotated[
+        Path | None, typer.Option(help="Draw the weights of each layer to this .png file.")
+    ] = None,
+    arguments: Arguments = "{}",
+    path: Annotated[Path | None, typer.Option(help="A folder of your modules.")] = None,
+    shape: Shape = "",
+) -> None:
+    """Show what is in a checkpoint: layers, parameters, channel spaces, tokens, norms, dead
+    neurons."""
+    from weightnet.command import reported
+
+    with reported():
+        from weightnet import inspection
+        from weightnet.estimator import prepare
+
+        (one,) = prepare(
+            checkpoint,
+            architecture=architecture,
+            arguments=parse_arguments(arguments),
+            shape=parse_shape(shape),
+            path=path,
+        )
+        table = inspection.describe_layers(one.spec, one.state)
+        show_layers(table, f"{checkpoint}: {inspection.summarize(one.spec, table)}")
+        for note in one.notes:
+            typer.echo(f"note: {note}", err=True)
+        if histogram is not None:
+            inspection.save_histogram(one.spec, one.state, histogram)
+
+
 @app.command("import")
 def import_zoo(
     folder: Annotated[Path, typer.Argument(help="A folder: metadata.csv and weight files.")],
@@ -174,6 +271,44 @@ def import_zoo(
         )
 
 
+@app.command()
+def ablate(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Ablations or groups; all if none is named.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split to train and test on.")] = "iid",
+    show_list: Annotated[bool, typer.Option("--list", help="Show the ablations, run none.")] = False,
+    queue: Annotated[bool, typer.Option(help="Queue them for `dvc queue start`.")] = False,
+    collect: Annotated[bool, typer.Option(help="Only compare those that have run.")] = False,
+) -> None:
+    """Train WeightNet without each of its parts, as DVC experiments, and compare.
+
+    Writes metrics/ablations.csv; `dvc repro plot` shows it. No zoo model is ever retrained.
+    """
+    from weightnet.command import reported
+
+    with reported():
+        from weightnet import ablation
+
+        chosen = ablation.choose(names or ())
+        if show_list:
+            for one in chosen:
+                typer.echo(f"{one.group:16} {one.name:24} {one.predictor}: {' '.join(one.changes)}")
+            return
+        failed = [] if collect else ablation.run(chosen, split, queue=queue)
+        if queue:
+            typer.echo("queued; run `dvc queue start`, then `weightnet ablate --collect`")
+        else:
+            table = ablation.collect(split)
+            count = table.loc[table["group"] != ablation.BASE, "ablation"].nunique()
+            typer.echo(f"{count} ablations: {ablation.TABLE}; run `dvc repro plot` to show them")
+        if failed:
+            raise ValueError(
+                f"every ablation must run, however: {', '.join(failed)} did not; see above, then "
+                f"run `weightnet ablate {' '.join(failed)}`"
+            )
+
+
 def read_fitting(
     checkpoint: Path, architecture: str, arguments: str, shape: str
 ) -> tuple[PermutationSpec, State]:
@@ -206,6 +341,41 @@ def parse_shape(text: str) -> tuple[int, ...] | None:
     if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
         raise ValueError(f"--input must be positive numbers such as 3,224,224, however: {text}")
     return tuple(map(int, sizes)) or None
+
+
+def show_predictions(predicted: pd.DataFrame, title: str) -> None:
+    """Print predictions as a table: one row a network and property."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("network", overflow="fold")
+    table.add_column("property", overflow="fold")
+    for name in ("predicted", "90% interval"):
+        table.add_column(name, justify="right")
+    properties = [name for name in predicted if f"{name}_low" in predicted]
+    for network, row in predicted.iterrows():
+        mark = " (!)" if row.get("outside", False) else ""
+        for place, name in enumerate(properties):
+            interval = f"{row[f'{name}_low']:.3f} to {row[f'{name}_high']:.3f}"
+            label = escape(f"{network}{mark}") if place == 0 else ""
+            last = place == len(properties) - 1
+            table.add_row(label, name, f"{row[name]:.3f}", interval, end_section=last)
+    Console().print(table)
+
+
+def show_layers(layers: pd.DataFrame, title: str) -> None:
+    """Print the layers of a network as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left")
+    for name in layers:
+        text = name in ("layer", "kind", "activation", "shape")
+        table.add_column(name, justify="left" if text else "right", overflow="fold")
+    for row in layers.itertuples(index=False):
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row))
+    Console(width=max(Console().width, 120)).print(table)
 
 
 def show_import(problems: list[Any], notes: list[str], total: int) -> None:
