@@ -2,6 +2,7 @@
 # make test    all tests            make lint    ruff and mypy
 # make smoke   the whole pipeline at a tiny scale, in a clone: DIR=path (default: a fresh folder)
 # make bench   every benchmark, quickly
+# make reference   after repro: make the trained WeightNet the one that the package ships
 #
 # Each makes .venv from requirements.txt first, when it is missing or stale. Python 3.11 or newer,
 # its venv module, git and make are all that has to be there.
@@ -9,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := repro
-.PHONY: repro test smoke lint bench
+.PHONY: repro test smoke lint bench reference
 
 activate := . .venv/bin/activate
 code := $(wildcard src stages tests benchmarks)
@@ -26,6 +27,9 @@ lint: .venv/ready
 bench: .venv/ready
 	$(activate) && for benchmark in benchmarks/*.py; do \
 	  echo "== $$benchmark"; python "$$benchmark" --quick; done
+
+reference: .venv/ready
+	$(activate) && weightnet reference data/predictors/weightnet-iid
 
 # The clone holds what is committed. In a DIR that is there already, the work continues.
 smoke: .venv/ready

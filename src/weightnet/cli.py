@@ -277,7 +277,7 @@ def ablate(
         list[str] | None, typer.Argument(help="Ablations or groups; all if none is named.")
     ] = None,
     split: Annotated[str, typer.Option(help="The split to train and test on.")] = "iid",
-    show_list: Annotated[bool, typer.Option("--list", help="Show the ablations, run none.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Show them, run none.")] = False,
     queue: Annotated[bool, typer.Option(help="Queue them for `dvc queue start`.")] = False,
     collect: Annotated[bool, typer.Option(help="Only compare those that have run.")] = False,
 ) -> None:
@@ -291,9 +291,10 @@ def ablate(
         from weightnet import ablation
 
         chosen = ablation.choose(names or ())
-        if show_list:
+        if listed:
             for one in chosen:
-                typer.echo(f"{one.group:16} {one.name:24} {one.predictor}: {' '.join(one.changes)}")
+                changes = " ".join(one.changes)
+                typer.echo(f"{one.group:16} {one.name:24} {one.predictor}: {changes}")
             return
         failed = [] if collect else ablation.run(chosen, split, queue=queue)
         if queue:
@@ -307,6 +308,26 @@ def ablate(
                 f"every ablation must run, however: {', '.join(failed)} did not; see above, then "
                 f"run `weightnet ablate {' '.join(failed)}`"
             )
+
+
+@app.command()
+def reference(
+    source: Annotated[
+        Path, typer.Argument(help="The trained predictor that the package is to ship.")
+    ] = Path("data/predictors/weightnet-iid"),
+) -> None:
+    """For maintainers, after `dvc repro`: make a trained predictor the one that the package ships.
+
+    Writes src/weightnet/reference/ with its model card, filled from params.yaml and metrics/.
+    """
+    from weightnet.command import PARAMS_FILE, reported
+
+    with reported():
+        from weightnet.estimator import REFERENCE
+        from weightnet.publishing import publish
+
+        size = publish(source, PARAMS_FILE, Path("metrics"), REFERENCE)
+        typer.echo(f"{source} is the reference now: {size / 1e6:.1f} MB in {REFERENCE}")
 
 
 def read_fitting(

@@ -214,8 +214,8 @@ class WeightNet:
             columns[name] = predicted.mean[:, place]
             columns[f"{name}_low"] = predicted.low[:, place]
             columns[f"{name}_high"] = predicted.high[:, place]
-        if isinstance(model, ModulePredictor) and model.novelty is not None:
-            shares = model.novelty.shares(model.embed(networks))
+        shares = model.novelty_shares(networks) if isinstance(model, ModulePredictor) else None
+        if shares is not None:
             columns["novelty"], columns["outside"] = shares, shares <= LEVEL
         return pd.DataFrame(columns, index=pd.Index(networks.frame["run"], name="network"))
 
@@ -408,5 +408,5 @@ def _responses(one: Prepared, state: dict[str, torch.Tensor], section: Mapping[s
     from weightnet.tokens.probes import ProbesConfig, probe_responses
 
     config = parse(ProbesConfig, section, "preparation.probes")
-    inputs = config.inputs(one.shape[0], one.shape[-1])
+    inputs = config.inputs(one.shape)
     return probe_responses(one.module, one.spec, state, inputs)

@@ -20,7 +20,7 @@ from weightnet.predictors.fitting import (
     seeded,
 )
 from weightnet.predictors.interface import Log, Predictor, read_arrays, write_arrays
-from weightnet.predictors.novelty import Novelty, embed_batches
+from weightnet.predictors.novelty import Novelty, has_embedding, view_networks
 from weightnet.predictors.scaling import Array
 from weightnet.randomness import derive_seed
 
@@ -107,19 +107,26 @@ class ModulePredictor(Predictor):
         Raises:
             ValueError: if the predictor was never fitted, or has no embedding.
         """
-        self._fitted()
-        batches = self.reader.batches(networks, training=False)
-        found = embed_batches(self.modules[0], batches, self.fit_config)
-        if found is None:
-            raise ValueError(f"a WeightNet must embed networks, however: {self.name} has none")
-        return found
+        return self._views(networks)["embedding"]
+
+    def novelty_shares(self, networks: Networks) -> Array | None:
+        """The share of validation networks at least as far from the training networks as each of
+        ``networks`` [B] (see `Novelty`); None if the predictor cannot tell."""
+        return None if self.novelty is None else self.novelty.shares(self._views(networks))
 
     def calibrate_novelty(self, train: Networks, validation: Networks) -> None:
         """Remember how far networks lie from those of training, if the modules have an
         embedding."""
         self.novelty = None
-        if len(train) and len(validation) and hasattr(self.modules[0], "hidden"):
-            self.novelty = Novelty.fit(self.embed(train), self.embed(validation))
+        if len(train) and len(validation) and has_embedding(self.modules[0]):
+            self.novelty = Novelty.fit(self._views(train), self._views(validation))
+
+    def _views(self, networks: Networks) -> dict[str, Array]:
+        self._fitted()
+        if not has_embedding(self.modules[0]):
+            raise ValueError(f"a WeightNet must embed networks, however: it is {self.name}")
+        batches = self.reader.batches(networks, training=False)
+        return view_networks(self.modules[0], networks, batches, self.fit_config)
 
     def _estimate(self, networks: Networks) -> tuple[Array, Array]:
         batches = self.reader.batches(networks, training=False)
