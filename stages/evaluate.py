@@ -15,7 +15,7 @@ from weightnet.evaluation.scores import Evaluation, ScoresConfig, summary
 from weightnet.evaluation.splits import SplitsConfig, sizes
 from weightnet.params import Params
 from weightnet.predictors import PREDICTORS, Predictor, entry
-from weightnet.predictors.interpretation import IMPORTANCE, layer_importance
+from weightnet.predictors.interpretation import AGREEMENT, IMPORTANCE, interpret
 from weightnet.progress import Progress
 from weightnet.randomness import numpy_generator, torch_generator
 from weightnet.symmetry.form import CanonicalForm
@@ -66,7 +66,8 @@ def main() -> None:
 
     Reads data/predictions, data/tokens, data/predictors and params.yaml (families, predictors,
     splits, evaluate, ...), and writes metrics/: summary.json (what `dvc metrics diff` shows),
-    scores.csv, differences.csv, splits.csv, audit.csv, importance.csv.
+    scores.csv, differences.csv, splits.csv, audit.csv, importance.csv,
+    agreement.csv.
     """
     with reported():
         config = load_section(EvaluateConfig, "evaluate")
@@ -112,11 +113,15 @@ def main() -> None:
         write_table(sizes(networks.frame, splits, seeds, divided), "splits.csv")
         write_table(pd.concat(changes), "audit.csv")
         write_table(differences, "differences.csv")
-        read = [
-            layer_importance(Predictor.load(FITTED / f"{name}-{splits[0]}" / "seed0"), audited)
-            for name in ours[:1]
-        ]
-        write_table(pd.concat([pd.DataFrame(columns=IMPORTANCE), *read]), "importance.csv")
+        importance, agreement = pd.DataFrame(columns=IMPORTANCE), pd.DataFrame(columns=AGREEMENT)
+        if ours:
+            first, *others = (
+                Predictor.load(FITTED / f"{ours[0]}-{splits[0]}" / f"seed{seed}")
+                for seed in seeds[:2]
+            )
+            importance, agreement = interpret(first, audited, other=next(iter(others), None))
+        write_table(importance, "importance.csv")
+        write_table(agreement, "agreement.csv")
         text = json.dumps(summary(scores), indent=1, sort_keys=True)
         (METRICS / "summary.json").write_text(text + "\n")
         typer.echo(f"scored {len(predictors)} predictors on {len(splits)} splits: {METRICS}/")

@@ -57,6 +57,12 @@ def read_curves(predictors: list[str], splits: list[str]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=_CURVE)
 
 
+def read_ablations() -> pd.DataFrame | None:
+    """What `weightnet ablate` measured; None if it never ran."""
+    path = METRICS / "ablations.csv"
+    return pd.read_csv(path).fillna({"changes": ""}) if path.exists() else None
+
+
 _CURVE = ["predictor", "split", "seed", "epoch", "metric", "value"]
 
 
@@ -128,10 +134,10 @@ def main() -> None:
                 split=split,
             )
         importance = pd.read_csv(require(METRICS / "importance.csv", "evaluate"))
+        agreement = pd.read_csv(require(METRICS / "agreement.csv", "evaluate"))
         for of in importance["property"].unique():
-            figure = figures.layer_importance(importance, property=of)
-            label = f"importance_{of}"
-            show(figure, "layer_importance", label, predictor=ours[0], property=of)
+            figure = figures.importance(importance, agreement, property=of)
+            show(figure, "importance", f"importance_{of}", predictor=ours[0], property=of)
         show(figures.invariance(audit, infos), "invariance")
 
         curves.to_csv(PLOTS / "curves.csv", index=False, float_format="%.6g")
@@ -159,8 +165,15 @@ def main() -> None:
             differences=pd.read_csv(METRICS / "differences.csv"),
             sizes=pd.read_csv(METRICS / "splits.csv"),
             audit=audit,
+            agreement=agreement,
+            ablations=read_ablations(),
             pictures=pictures,
         )
+        if len(evidence.comparable_ablations):
+            show(
+                figures.ablations(evidence.comparable_ablations, properties=config.properties[:2]),
+                "ablations",
+            )
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "results.md").write_text(write_report(evidence), encoding="utf-8")
         if README.exists():

@@ -315,7 +315,7 @@ def test_an_unknown_property_of_the_figures_is_refused(
 ) -> None:
     make_upstream()
     Path("metrics").mkdir()
-    for name in ("scores", "audit", "differences", "splits", "importance"):
+    for name in ("scores", "audit", "differences", "splits", "importance", "agreement"):
         Path(f"metrics/{name}.csv").write_text("property\ntest_accuracy\n")
     params["plot"]["properties"] = ["beauty"]
     assert "beauty" in refused(capsys, params, "plot")

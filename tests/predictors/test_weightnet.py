@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from weightnet.predictors import Predictor, build
-from weightnet.predictors.interpretation import layer_importance
 from weightnet.predictors.ranks import mean_tau
 from weightnet.predictors.weightnet import _sample, segment_max, segment_mean, segment_softmax
 from weightnet.symmetry import permute, random_permutation, trace
@@ -95,13 +94,6 @@ def test_runs_without_each_part(part: str) -> None:
     networks = make_networks({"cnn": 12}, seed=1)
     prediction = build("weightnet", config, ["scale"], 0).fit(networks, networks).predict(networks)
     assert np.isfinite(prediction.mean).all()
-
-
-def test_importance_sums_to_one_over_the_layers(fitted: Predictor) -> None:
-    rows = layer_importance(fitted, make_networks({"cnn": 3, "vgg11": 2}, seed=2))
-    sums = rows.groupby(["run", "property", "model"])["importance"].sum()
-    np.testing.assert_allclose(sums, 1.0, atol=1e-5)
-    assert set(rows["model"]) == {"trained", "randomized"}
 
 
 def test_heads_must_divide_the_width() -> None:

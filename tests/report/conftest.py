@@ -44,6 +44,7 @@ class Results:
     audit: pd.DataFrame
     curves: pd.DataFrame
     importance: pd.DataFrame
+    agreement: pd.DataFrame
     sizes: pd.DataFrame
     predictors: tuple[PredictorInfo, ...] = PREDICTORS
 
@@ -172,18 +173,38 @@ def make_importance(networks: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for run, family in networks[["run", "family"]].iloc[:40].to_numpy():
         for model in ("trained", "randomized"):
-            for depth in np.linspace(0, 1, 6):
-                share = (0.2 + depth if model == "trained" else 0.7) * generator.uniform(0.5, 1.5)
-                rows.append(
-                    {
-                        "run": run,
-                        "family": family,
-                        "depth": depth,
-                        "importance": share,
-                        "model": model,
-                        "property": "test_accuracy",
-                    }
-                )
+            for view in ("depth", "norm"):
+                for position in (np.arange(8) + 0.5) / 8:
+                    share = (0.2 + position if model == "trained" else 0.7) / 8
+                    rows.append(
+                        {
+                            "run": run,
+                            "family": family,
+                            "model": model,
+                            "property": "test_accuracy",
+                            "view": view,
+                            "position": position,
+                            "importance": share * generator.uniform(0.5, 1.5),
+                        }
+                    )
+    return pd.DataFrame(rows)
+
+
+def make_agreement(networks: pd.DataFrame) -> pd.DataFrame:
+    generator = np.random.default_rng(2)
+    correlations = {"trained": np.nan, "retrained": 0.6, "randomized": 0.1}
+    rows = [
+        {
+            "run": run,
+            "family": family,
+            "model": model,
+            "property": "test_accuracy",
+            "correlation": correlation + 0.1 * generator.normal(),
+            "top_tenth": 0.4,
+        }
+        for run, family in networks[["run", "family"]].iloc[:40].to_numpy()
+        for model, correlation in correlations.items()
+    ]
     return pd.DataFrame(rows)
 
 
@@ -214,6 +235,7 @@ def make_results(count: int, draws: int) -> Results:
         make_audit(networks),
         make_curves(),
         make_importance(networks),
+        make_agreement(networks),
         sizes,
     )
 

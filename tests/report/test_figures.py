@@ -26,7 +26,9 @@ DRAW: dict[str, Callable[[Results], Figure]] = {
     ),
     "curves": lambda r: figures.training_curves(r.curves),
     "zoo": lambda r: figures.zoo_distributions(r.networks),
-    "importance": lambda r: figures.layer_importance(r.importance),
+    "importance": lambda r: figures.importance(
+        r.importance, r.agreement, property="test_accuracy"
+    ),
     "errors": lambda r: figures.error_by_family(r.predictions, r.networks, r.predictors),
     "ceilings": lambda r: figures.ceilings(r.networks, r.scores),
     "invariance": lambda r: figures.invariance(r.audit, r.predictors),

@@ -35,7 +35,22 @@ def evidence(results: Results) -> Evidence:
         results.sizes,
         results.audit,
         pictures,
-        {"Ablations": "None were run."},
+        {"Notes": "None were made."},
+        results.agreement,
+        make_ablations("0123456789ab"),
+    )
+
+
+def make_ablations(split_hash: str) -> pd.DataFrame:
+    row = {"group": "parts", "predictor": "weightnet", "base": "weightnet", "split": "iid"}
+    row |= {"property": "test_accuracy", "metric": "tau", "value": 0.5, "low": 0.4, "high": 0.6}
+    row |= {"n": 30, "hash": " ".join([split_hash] * 3)}
+    lead = {"difference": -0.1, "difference_low": -0.2, "difference_high": -0.05}
+    return pd.DataFrame(
+        [
+            {**row, "ablation": "base", "changes": ""},
+            {**row, **lead, "ablation": "no-messages", "changes": "messages=false"},
+        ]
     )
 
 
@@ -97,7 +112,9 @@ def test_the_report_shows_every_figure_and_property(evidence: Evidence) -> None:
         assert report.count(f"(../plots/{kind}.png)") == 1
     for name in PROPERTIES.values():
         assert name.title in report
-    assert "None were run." in report and report.index("Ablations") < report.index("reproduce")
+    assert "None were made." in report and report.index("Notes") < report.index("reproduce")
+    assert "| no-messages | weightnet | `messages=false` | .500 [.400, .600] |" in report
+    assert "a randomized model gives another map" in report
     assert "nan" not in report.replace("finance", "") and report.endswith("\n")
     assert write_report(evidence) == report
 
@@ -144,3 +161,9 @@ def test_a_report_from_little(evidence: Evidence) -> None:
     assert "weightnet" in write_report(Evidence(evidence.networks, evidence.scores[keep], ours))
     with pytest.raises(ValueError, match="needs scores"):
         write_report(dataclasses.replace(evidence, scores=evidence.scores.iloc[:0]))
+
+
+def test_ablations_of_another_split_are_refused(evidence: Evidence) -> None:
+    other = dataclasses.replace(evidence, ablations=make_ablations("ffffffffffff"))
+    report = write_report(other)
+    assert "**Refused:** 2 rows" in report and "no-messages" not in report

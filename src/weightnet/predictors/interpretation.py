@@ -1,64 +1,194 @@
-"""What carries a prediction: how much each property reads each layer of a network.
+"""What carries a prediction: the share of each layer and each neuron, for each property.
 
-The sanity check is a WeightNet with the same shape and random weights (Adebayo et al. 2018,
-https://arxiv.org/abs/1810.03292): a map that looks the same for both would explain nothing.
+A token's attribution is the gradient of the predicted mean times the token's features, summed over
+the features, in absolute value (gradient times input, Shrikumar et al. 2016,
+https://arxiv.org/abs/1605.01713); a network's attributions are divided by their sum. What a
+predictor reads of the network as a whole (statistics) has no token and is not shared out.
+
+The sanity check is the same predictor with random weights (Adebayo et al. 2018,
+https://arxiv.org/abs/1810.03292): a map that looks the same for both would explain nothing. How
+much two maps may differ by chance, the same predictor trained from another seed tells.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
 
 from weightnet.compute import default_device
-from weightnet.predictors.fitting import seeded
+from weightnet.predictors.fitting import Batches, FitConfig, seeded
 from weightnet.predictors.interface import Predictor
 from weightnet.predictors.learned import ModulePredictor
-from weightnet.predictors.weightnet import TokenBatch, WeightNet
-from weightnet.tokens import Networks
+from weightnet.predictors.scaling import Array
+from weightnet.tokens import Networks, token_features
 
-DEPTHS = 8
-IMPORTANCE = ["run", "family", "model", "depth", "property", "importance"]
+BINS = 8
+VIEWS = ("depth", "norm")
+IMPORTANCE = ["run", "family", "model", "property", "view", "position", "importance"]
+AGREEMENT = ["run", "family", "model", "property", "correlation", "top_tenth"]
 
 
-def layer_importance(predictor: Predictor, networks: Networks) -> pd.DataFrame:
-    """The reading weights of a fitted WeightNet, and of a random one, over relative depth.
+class Interpretation(NamedTuple):
+    """``importance`` (columns `IMPORTANCE`): of each network, the share of the attribution in each
+    of 8 bins of a view: ``depth`` (0 first layer, 1 last) or ``norm`` (rank of the neuron's
+    incoming weights among its layer's by norm, 0 smallest, 1 largest). ``position`` is the middle
+    of the bin.
 
-    Returns:
-        Rows of run, family, property, model (``trained`` or ``randomized``), depth (the middle of
-        one of 8 equal parts of the way from the first layer, 0, to the last, 1) and importance
-        (the share of the property's reading weights that lies there).
+    ``agreement`` (columns `AGREEMENT`): of each network, Spearman's correlation between a model's
+    attributions of all neurons and those of the ``trained`` one (NaN for itself), and the share
+    of the attribution that the most important tenth of the neurons carries.
+
+    ``model`` is ``trained``, ``retrained`` (another seed, if given) or ``randomized``.
+    """
+
+    importance: pd.DataFrame
+    agreement: pd.DataFrame
+
+
+def interpret(
+    predictor: Predictor, networks: Networks, *, other: Predictor | None = None
+) -> Interpretation:
+    """Attribute the predictions of a fitted predictor that reads tokens to layers and neurons.
+
+    Args:
+        other: the same predictor trained from another seed.
 
     Raises:
-        ValueError: if ``predictor`` is no WeightNet.
+        ValueError: if a predictor does not read tokens.
     """
-    if not isinstance(predictor, ModulePredictor) or not isinstance(
-        predictor.modules[0], WeightNet
-    ):
-        raise ValueError(f"importance must be asked of a WeightNet, however: {predictor.name}")
+    reading = _reading_tokens(predictor)
+    batches = reading.reader.batches(networks, training=False)
+    maps = {"trained": _attributions(reading.modules, batches, networks, reading.fit_config)}
+    if other is not None:
+        maps["retrained"] = attributions(other, networks)
     with seeded(predictor.seed, "random importance"):
-        random = predictor.reader.module(len(predictor.properties))
-        assert isinstance(random, WeightNet)
-    models = {"trained": predictor.modules[0], "randomized": random.eval()}
-    batches = predictor.reader.batches(networks, training=False)
-    device = default_device()
-    parts = []
-    for label, module in models.items():
-        module.to(device)
-        for indices in batches.cut(torch.arange(batches.count), predictor.fit_config):
-            with torch.inference_mode():
-                batch = batches.collate(indices).to(device)
-                assert isinstance(batch, TokenBatch)
-                weights = module.layer_importance(batch).cpu()
-            for network, table in zip(indices.tolist(), weights, strict=True):
-                read = table[table.sum(dim=1) > 0].numpy()
-                depth = np.arange(len(read)) / max(1, len(read) - 1)
-                frame = pd.DataFrame(read, columns=list(predictor.properties))
-                frame["depth"] = (np.minimum(depth * DEPTHS, DEPTHS - 1) // 1 + 0.5) / DEPTHS
-                shares = frame.groupby("depth", as_index=False).sum()
-                origin = networks.frame.iloc[network]
-                shares["run"], shares["family"] = origin["run"], origin["family"]
-                parts.append(shares.assign(model=label))
-    return pd.concat(parts).melt(
-        ["run", "family", "model", "depth"], var_name="property", value_name="importance"
+        random = reading.reader.module(len(predictor.properties))
+    maps["randomized"] = _attributions([random], batches, networks, reading.fit_config)
+    features = token_features(networks)
+    norm = features.values[:, features.names.index("row_l2")]
+    shares, agreements = [], []
+    for b in range(len(networks)):
+        tokens = slice(*features.token_offsets[b : b + 2])
+        layer = features.layer[tokens]
+        views = {"depth": layer / max(1, layer[-1]), "norm": _rank_within(norm[tokens], layer)}
+        origin = {name: networks.frame[name].iat[b] for name in ("run", "family")}
+        for model, values in maps.items():
+            for p, name in enumerate(predictor.properties):
+                own = values[tokens, p]
+                key: dict[str, Any] = {**origin, "model": model, "property": name}
+                for view, position in views.items():
+                    bins = np.minimum(position * BINS, BINS - 1).astype(np.int64)
+                    weight = np.bincount(bins, own, BINS)
+                    shares += [
+                        {
+                            **key,
+                            "view": view,
+                            "position": (i + 0.5) / BINS,
+                            "importance": weight[i],
+                        }
+                        for i in range(BINS)
+                    ]
+                first = maps["trained"][tokens, p]
+                agreements.append(
+                    {
+                        **key,
+                        "correlation": np.nan if model == "trained" else _spearman(first, own),
+                        "top_tenth": np.sort(own)[::-1][: max(1, round(len(own) / 10))].sum(),
+                    }
+                )
+    return Interpretation(
+        pd.DataFrame(shares, columns=IMPORTANCE), pd.DataFrame(agreements, columns=AGREEMENT)
     )
+
+
+def attributions(predictor: Predictor, networks: Networks) -> Array:
+    """Return each token's share of its network's attribution, float64 [L, P]: the mean over the
+    predictor's modules.
+
+    Raises:
+        ValueError: if the predictor does not read tokens.
+    """
+    reading = _reading_tokens(predictor)
+    batches = reading.reader.batches(networks, training=False)
+    return _attributions(reading.modules, batches, networks, reading.fit_config)
+
+
+def _attributions(
+    modules: Sequence[nn.Module], batches: Batches, networks: Networks, config: FitConfig
+) -> Array:
+    found: Array = np.mean(
+        [_module_attributions(module, batches, networks, config) for module in modules], axis=0
+    )
+    return found
+
+
+def _module_attributions(
+    module: nn.Module, batches: Batches, networks: Networks, config: FitConfig
+) -> Array:
+    device = default_device()
+    module.to(device).eval()
+    counts = np.array([plan.tokens for plan in networks.layouts()], dtype=np.int64)
+    parts = []
+    for indices in batches.cut(torch.arange(batches.count), config):
+        size = int(counts[indices.numpy()].sum())
+        batch: Any = batches.collate(indices).to(device)
+        inputs = {
+            field.name: value.detach().requires_grad_()
+            for field in dataclasses.fields(batch)
+            if isinstance(value := getattr(batch, field.name), Tensor)
+            and value.is_floating_point()
+            and value.ndim == 2
+            and len(value) == size
+        }
+        assert inputs, "a batch of tokens holds features of each token"
+        mean, _ = module(dataclasses.replace(batch, **inputs))
+        columns = []
+        for p in range(mean.shape[1]):
+            gradients = torch.autograd.grad(
+                mean[:, p].sum(), list(inputs.values()), retain_graph=True, allow_unused=True
+            )
+            products = [
+                (gradient * value).sum(dim=1)
+                for gradient, value in zip(gradients, inputs.values(), strict=True)
+                if gradient is not None
+            ]
+            columns.append(torch.stack(products).sum(dim=0))
+        values = torch.stack(columns, dim=1).detach().abs().double().cpu().numpy()
+        network = np.repeat(np.arange(len(indices)), counts[indices.numpy()])
+        totals = np.zeros((len(indices), values.shape[1]))
+        np.add.at(totals, network, values)
+        parts.append(values / np.maximum(totals, 1e-300)[network])
+    return np.concatenate(parts)
+
+
+def _reading_tokens(predictor: Predictor) -> ModulePredictor:
+    from weightnet.predictors.weightnet import TokenReader
+
+    if not isinstance(predictor, ModulePredictor) or not isinstance(predictor.reader, TokenReader):
+        raise ValueError(
+            f"predictor must read tokens, as weightnet does, however: {predictor.name} does not"
+        )
+    return predictor
+
+
+def _rank_within(values: Array, layer: Array) -> Array:
+    """The rank of each value among its layer's, from 0 to 1; .5 for one alone."""
+    order = np.lexsort((values, layer))
+    counts = np.bincount(layer)
+    starts = np.cumsum(counts) - counts
+    ranks = np.empty(len(values))
+    ranks[order] = np.arange(len(values)) - starts[layer[order]] + 0.5
+    return ranks / counts[layer]
+
+
+def _spearman(x: Array, y: Array) -> float:
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(spearmanr(x, y).statistic)

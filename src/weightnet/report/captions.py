@@ -148,9 +148,18 @@ def _curves(evidence: Evidence, picture: Picture) -> str:
 
 def _importance(evidence: Evidence, picture: Picture) -> str:
     return (
-        f"Share of the prediction of {property_name(picture.property).title} that each depth "
-        "carries, by family. Dashed: the same with a randomized predictor; where the two agree, "
-        "the picture shows the architecture and not what was learned."
+        f"What carries the prediction of {property_name(picture.property).title}: by depth, for "
+        "each family; by the rank of the neuron's incoming weights in its layer, smallest norm to "
+        "largest; and how the map of all neurons correlates with other models' maps, one box over "
+        "networks for each. Dashed: a randomized predictor; where it agrees, the picture shows "
+        "the architecture and not what was learned."
+    )
+
+
+def _ablations(evidence: Evidence, picture: Picture) -> str:
+    return (
+        "Tau of each ablation less that of the same predictor unchanged, on the same test "
+        "networks; bars are 95% intervals of the paired difference."
     )
 
 
@@ -169,6 +178,7 @@ CAPTIONS: Mapping[str, Callable[[Evidence, Picture], str]] = {
     "predicted_against_measured": _predicted,
     "error_by_family": _errors,
     "training_curves": _curves,
-    "layer_importance": _importance,
+    "ablations": _ablations,
+    "importance": _importance,
     "invariance": _invariance,
 }

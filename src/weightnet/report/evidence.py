@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 
 from weightnet.report.names import PROPERTIES, PredictorInfo, arrange
@@ -37,8 +38,12 @@ class Evidence:
         differences: predictor, rival, split, property, subset, metric, value, low, high, n.
         sizes: split, seed, train, validation, test, unused, hash.
         audit: predictor, split, family, transformation, property, largest, relative, tau,
-        tau_copies, n. pictures: the figures, in the order in which those of one kind are shown.
-        sections: Markdown to put before "How to reproduce", by title (ablations, interpretation).
+        tau_copies, n.
+        pictures: the figures, in the order in which those of one kind are shown.
+        sections: Markdown to put before "How to reproduce", by title (ablations).
+        agreement: run, family, model, property, correlation, top_tenth.
+        ablations: ablation, group, predictor, base, changes, split, property, metric, value, low,
+        high, difference, difference_low, difference_high, n, hash.
     """
 
     networks: pd.DataFrame
@@ -49,6 +54,8 @@ class Evidence:
     audit: pd.DataFrame | None = None
     pictures: Sequence[Picture] = ()
     sections: Mapping[str, str] = field(default_factory=dict)
+    agreement: pd.DataFrame | None = None
+    ablations: pd.DataFrame | None = None
 
     @property
     def splits(self) -> list[str]:
@@ -60,6 +67,15 @@ class Evidence:
         """The properties that were scored, in their usual order."""
         found = set(self.scores["property"])
         return [p for p in PROPERTIES if p in found] + sorted(found - set(PROPERTIES))
+
+    @property
+    def comparable_ablations(self) -> pd.DataFrame:
+        """The ablations whose test networks are those of ``sizes``; none if there are none."""
+        if self.ablations is None or self.sizes is None:
+            return pd.DataFrame(columns=["hash"])
+        hashes = {s: " ".join(own["hash"]) for s, own in self.sizes.groupby("split")}
+        same = [hashes.get(s) == h for s, h in self.ablations[["split", "hash"]].to_numpy()]
+        return self.ablations[np.array(same, dtype=bool)]
 
     @property
     def ours(self) -> list[PredictorInfo]:

@@ -45,6 +45,16 @@ def with_interval(value: float, low: float, high: float, digits: int = 3) -> str
     return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
+def mean_with_interval(values: pd.Series) -> tuple[float, float, float]:
+    """Return the mean of the known values and its 95% bootstrap interval; NaN for none."""
+    known = values.dropna().to_numpy(dtype=np.float64)
+    if not len(known):
+        return math.nan, math.nan, math.nan
+    means = np.random.default_rng(0).choice(known, (1000, len(known))).mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(known.mean()), float(low), float(high)
+
+
 def bounds(rows: pd.DataFrame, key: str) -> tuple[float, float, float]:
     """Return value, low and high of the row indexed by ``key``."""
     value, low, high = rows.loc[key, ["value", "low", "high"]].to_numpy(dtype=np.float64)

@@ -30,6 +30,7 @@ from weightnet.report.tables import (
     bounds,
     difference_table,
     markdown,
+    mean_with_interval,
     number,
     score_table,
     verdict,
@@ -38,6 +39,7 @@ from weightnet.report.tables import (
 
 LEAST_CEILING = 0.8
 NOMINAL = 0.9
+SAME_MAP = 0.7
 
 
 def write_report(evidence: Evidence) -> str:
@@ -58,8 +60,9 @@ def write_report(evidence: Evidence) -> str:
         _intervals(evidence),
         _controls(evidence),
         _audit(evidence),
-        _pictures(evidence, "Where the prediction comes from", ["layer_importance"]),
+        _interpretation(evidence),
         _pictures(evidence, "Training", ["training_curves"]),
+        _ablations(evidence),
         *(f"## {title}\n\n{text.strip()}" for title, text in evidence.sections.items()),
         _predictors(evidence),
         _reproduce(),
@@ -420,6 +423,98 @@ def _audit(evidence: Evidence) -> str:
                 f"deviations, {said}; tau drops by at most {number(max(drop, 0.0), 4)}."
             )
     return "\n\n".join([*lines, *_shown(evidence, ["invariance"])])
+
+
+def _interpretation(evidence: Evidence) -> str:
+    table = evidence.agreement
+    if table is None or table.empty:
+        return ""
+    others = [model for model in ("retrained", "randomized") if model in set(table["model"])]
+    rows, same, repeated = [], [], []
+    for name in (one for one in evidence.properties if one in set(table["property"])):
+        own = where(table, property=name)
+        trained = mean_with_interval(where(own, model="trained")["top_tenth"])
+        cells = [property_name(name).title, with_interval(*trained)]
+        found = {m: mean_with_interval(where(own, model=m)["correlation"]) for m in others}
+        rows.append([*cells, *(with_interval(*found[model]) for model in others)])
+        if not found["randomized"][2] < SAME_MAP:
+            same.append(property_name(name).title)
+        if "retrained" in found and found["retrained"][1] > found["randomized"][2]:
+            repeated.append(property_name(name).title)
+    names = {
+        "retrained": "rank correlation with another seed's map",
+        "randomized": "rank correlation with a randomized model's map",
+    }
+    header = ["property", "share of the most important tenth of neurons"]
+    said = (
+        f"The check fails for {enumerate_words(same)}: there the map says little about what was "
+        "learned."
+        if same
+        else "The check holds for every property: a randomized model gives another map."
+    )
+    if "retrained" in others:
+        said += (
+            f" Another seed's map is nearer than the randomized one for "
+            f"{enumerate_words(repeated)}; read the others as the maps of one model, not as facts "
+            "about networks."
+            if repeated
+            else " Another seed's map is no nearer than the randomized one: read these maps as "
+            "those of one model, not as facts about networks."
+        )
+    lines = [
+        "## Where the prediction comes from",
+        "A neuron's attribution is the gradient of the prediction times the neuron's features, as "
+        "a share of its network's. What the predictor reads of the network as a whole is not "
+        "shared out. Sanity check: the map of the same model with random weights must be another "
+        f"one (the interval of the rank correlation over all neurons below {SAME_MAP:g}); another "
+        "seed's map shows how well a map repeats itself. Values are means over networks.",
+        markdown(rows, [*header, *(names[model] for model in others)]),
+        said,
+    ]
+    return "\n\n".join([*lines, *_shown(evidence, ["importance"])])
+
+
+def _ablations(evidence: Evidence) -> str:
+    table = evidence.ablations
+    if table is None or table.empty:
+        return ""
+    lines = ["## Ablations"]
+    same = evidence.comparable_ablations
+    if len(same) < len(table):
+        lines.append(
+            f"**Refused:** {_count(len(table) - len(same), 'row', 'rows')} of "
+            "`metrics/ablations.csv` were measured on other test networks (another split hash); "
+            "run `weightnet ablate` again."
+        )
+    shown = [p for p in (HEADLINE, "generalization_gap") if p in set(same["property"])]
+    for split in same["split"].unique() if shown else ():
+        own = where(same, split=split, metric="tau")
+        rows = []
+        for name in own["ablation"].unique():
+            for predictor, one in where(own, ablation=name).groupby("predictor", sort=False):
+                one = one.set_index("property")
+                cells = [str(one["group"].iloc[0]), f"{name}", str(predictor)]
+                cells.append(f"`{changes}`" if (changes := one["changes"].iloc[0]) else "-")
+                for of in shown:
+                    if of not in one.index:
+                        cells += ["-", "-"]
+                        continue
+                    cells.append(with_interval(*bounds(one, of)))
+                    ends = ["difference", "difference_low", "difference_high"]
+                    lead_of = one.loc[of, ends].to_numpy(dtype=float)
+                    said = verdict(lead_of[1], lead_of[2])
+                    cells.append(f"{with_interval(*lead_of)} {said}".rstrip())
+                rows.append(cells)
+        header = ["group", "ablation", "predictor", "changed"]
+        for of in shown:
+            header += [f"tau, {property_name(of).title}", "difference to unchanged"]
+        lines += [
+            f"Each row trains one predictor with changed parameters ({split_name(str(split))}, "
+            f"{int(own['n'].max())} test networks, hash `{own['hash'].iloc[0]}`) and compares it "
+            "with the same predictor unchanged, by paired resamples of the same runs.",
+            markdown(rows, header, left=4),
+        ]
+    return "\n\n".join([*lines, *_shown(evidence, ["ablations"])])
 
 
 def _predictors(evidence: Evidence) -> str:

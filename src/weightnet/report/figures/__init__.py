@@ -4,7 +4,9 @@ Every figure can be read in black and white: what colour tells, a marker, hatch 
 too. Missing values (NaN) leave a gap or a dash, never an error.
 """
 
+from weightnet.report.figures.ablations import ablations
 from weightnet.report.figures.canvas import save
+from weightnet.report.figures.interpretation import importance
 from weightnet.report.figures.scores import (
     error_by_family,
     heatmap,
@@ -12,15 +14,16 @@ from weightnet.report.figures.scores import (
     predicted_against_measured,
     tau_with_intervals,
 )
-from weightnet.report.figures.training import layer_importance, training_curves
+from weightnet.report.figures.training import training_curves
 from weightnet.report.figures.zoo import ceilings, zoo_distributions
 
 __all__ = [
+    "ablations",
     "ceilings",
     "error_by_family",
     "heatmap",
+    "importance",
     "invariance",
-    "layer_importance",
     "predicted_against_measured",
     "save",
     "tau_with_intervals",

@@ -1,4 +1,4 @@
-"""Figures of how a predictor was trained and of what it looks at."""
+"""Figures of how a predictor was trained."""
 
 from __future__ import annotations
 
@@ -6,29 +6,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from numpy.typing import NDArray
 
 from weightnet.report.figures.canvas import (
-    BLACK,
-    BLUE,
     COLOURS,
     LINES,
     MARKERS,
-    ORANGE,
     blank,
-    empty,
-    grid,
     note,
     select,
     styled,
 )
-from weightnet.report.names import (
-    property_name,
-    split_name,
-)
-
-Floats = NDArray[np.float64]
+from weightnet.report.names import split_name
 
 
 @styled
@@ -86,83 +74,3 @@ def training_curves(curves: pd.DataFrame, *, split: str = "iid") -> Figure:
         figure.legend(handles=handles, loc="outside right center")
     figure.suptitle(title)
     return figure
-
-
-@styled
-def layer_importance(
-    importance: pd.DataFrame, *, property: str | None = None, bins: int = 8
-) -> Figure:
-    """Draw which depth carries a prediction: share of importance by relative depth, a panel for
-    each family.
-
-    Args:
-        importance: run, family, depth (0 first layer, 1 last), importance, optionally
-        ``property`` and ``model``
-            ("trained" or "randomized": the same network with random weights, which must look
-            otherwise).
-        property: the property to show; None for the mean of all.
-    """
-    rows = importance if property is None else select(importance, property=property)
-    rows = rows[np.isfinite(rows["importance"]) & np.isfinite(rows["depth"])]
-    of = property_name(property).title if property else "all properties"
-    title = f"Where the prediction of {of} comes from"
-    families = sorted(set(rows["family"]))
-    if not families:
-        return empty(title, "no importance")
-    rows = rows.assign(model=rows.get("model", "trained"))
-    models = sorted(set(rows["model"]), key=lambda model: (model != "trained", model))
-    figure, panels = grid(len(families), 4, 2.6, 2.3)
-    edges = np.linspace(0.0, 1.0, bins + 1)
-    centres = (edges[:-1] + edges[1:]) / 2
-    for i, (axes, family) in enumerate(zip(panels, families, strict=False)):
-        for m, model in enumerate(models):
-            own = rows[(rows["family"] == family) & (rows["model"] == model)]
-            if own.empty:
-                continue
-            mean, error = _depth_profile(own, edges)
-            if m == 0:
-                axes.bar(
-                    centres,
-                    mean,
-                    0.92 / bins,
-                    color=BLUE,
-                    edgecolor=BLACK,
-                    linewidth=0.5,
-                    yerr=error,
-                    ecolor=BLACK,
-                    capsize=2,
-                    error_kw={"linewidth": 0.8},
-                )
-            else:
-                axes.stairs(mean, edges, color=ORANGE, linestyle="--", linewidth=1.6)
-        axes.set_title(family)
-        axes.set_xlabel("relative depth")
-        if i % 4 == 0:
-            axes.set_ylabel("share of importance")
-        axes.set_xlim(0, 1)
-        axes.set_ylim(bottom=0)
-    handles: list[Line2D | Patch] = [
-        Patch(
-            facecolor=BLUE,
-            edgecolor=BLACK,
-            label=f"{models[0]} (mean ± standard error over networks)",
-        )
-    ]
-    handles += [Line2D([], [], color=ORANGE, linestyle="--", label=model) for model in models[1:]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    figure.suptitle(title)
-    return figure
-
-
-def _depth_profile(rows: pd.DataFrame, edges: Floats) -> tuple[Floats, Floats]:
-    """Return the mean share of importance in each bin of depth, and its standard error over
-    networks."""
-    at = np.clip(np.digitize(rows["depth"], edges) - 1, 0, len(edges) - 2)
-    table = rows.assign(bin=at).pivot_table(
-        index="run", columns="bin", values="importance", aggfunc="sum"
-    )
-    table = table.reindex(columns=range(len(edges) - 1)).fillna(0.0)
-    shares = table.to_numpy(dtype=np.float64)
-    shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-300)
-    error = shares.std(axis=0) / np.sqrt(len(shares))
-    return shares.mean(axis=0), error
