@@ -23,7 +23,8 @@ from weightnet.symmetry import PermutationSpec, State, trace
 from weightnet.zoo.architectures import FAMILIES
 
 MAX_TENSORS = 100_000  # that a module may have
-_SIZES = (224, 32, 28, 64, 14, 8, 96, 16, 128, 256, 299)  # of images, tried in this order
+_USUAL = (224, 32, 28, 64, 14, 8, 96, 16, 128, 256, 299)
+_SIZES = (*_USUAL, *(size for size in range(1, 65) if size not in _USUAL))  # of images, as tried
 _SEARCH_SECONDS = 8.0
 _BUILD_ERRORS = (
     TypeError,

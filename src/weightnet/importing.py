@@ -207,21 +207,19 @@ def add_family(params: Path, name: str, target: Path, digest: str) -> None:
     yaml.width, yaml.preserve_quotes = 4096, True
     data = yaml.load(params.read_text(encoding="utf-8"))
     families = data["generate_zoo"]["families"]
-    line, column = families.lc.key(next(iter(families))) if families else (0, 0)
-    new = name not in families
-    values = {"imported": target.as_posix(), "digest": digest}
-    families[name] = values
+    line, column = families.lc.key(name if name in families else next(iter(families), None))
+    entry = f"{name}: {{imported: {target.as_posix()}, digest: {digest}}}"
+    lines = params.read_text(encoding="utf-8").splitlines(keepends=True)
+    if name in families:
+        del lines[line]
+    lines.insert(line, f"{' ' * column}{entry}\n")
+    families[name] = {"imported": target.as_posix(), "digest": digest}
     dumped = io.StringIO()
     yaml.dump(data, dumped)
     text = dumped.getvalue()
-    if new:  # one more line leaves the layout of all others as it is, which a dump would not
-        lines = params.read_text(encoding="utf-8").splitlines(keepends=True)
-        entry = f"{name}: {{imported: {target.as_posix()}, digest: {digest}}}"
-        lines.insert(line, f"{' ' * column}{entry}\n")
-        inserted = "".join(lines)
-        with suppress(YAMLError):
-            if yaml.load(inserted) == data:
-                text = inserted
+    with suppress(YAMLError):  # one line leaves the layout of all others, which a dump would not
+        if yaml.load("".join(lines)) == data:
+            text = "".join(lines)
     partial = params.with_name(f".{params.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.chmod(params.stat().st_mode)
@@ -233,7 +231,8 @@ def check_family(params: Path, name: str) -> None:
     from weightnet.params import read_params
 
     try:
-        entry = read_params(params)["generate_zoo"]["families"].get(name)
+        families = read_params(params)["generate_zoo"]["families"]
+        entry = families.get(name) if families else families[name]
     except (KeyError, TypeError, AttributeError):
         raise ValueError(
             f"{params} must have the section generate_zoo.families, however: it has not"
@@ -511,12 +510,10 @@ def _recipes(zoo: CheckedZoo, name: str, target: Path, code: str) -> pd.DataFram
         head["split"] = rows["split"].astype("string").to_numpy(object, na_value=None)
     others = [c for c in rows if c.startswith(("property.", "recipe."))]
     table = pd.concat([head, rows[others]], axis=1)
-    content = zip(
-        rows["weights"],
-        table.drop(columns="source").astype(str).agg("\0".join, axis=1),
-        itertools.repeat(code),
-        strict=False,
+    described = table.drop(columns="source").to_json(
+        orient="records", lines=True, double_precision=15
     )
+    content = zip(rows["weights"], described.splitlines(), itertools.repeat(code), strict=False)
     table["digest"] = [hashlib.sha256("\0".join(row).encode()).hexdigest()[:32] for row in content]
     table["weights"] = rows["weights"]
     order = ["architecture", "arguments", "run"]
