@@ -16,11 +16,13 @@ from weightnet.evaluation.splits import SplitsConfig, sizes
 from weightnet.params import Params
 from weightnet.predictors import PREDICTORS, Predictor, entry
 from weightnet.predictors.interpretation import AGREEMENT, IMPORTANCE, interpret
+from weightnet.probing import Prober
 from weightnet.progress import Progress
 from weightnet.randomness import numpy_generator, torch_generator
 from weightnet.symmetry.form import CanonicalForm
-from weightnet.tokens import Networks, read_networks
+from weightnet.tokens import Networks, ProbesConfig, read_networks
 
+ZOO = Path("data/zoo")
 TOKENS = Path("data/tokens")
 FITTED = Path("data/predictors")
 PREDICTIONS = Path("data/predictions")
@@ -91,6 +93,7 @@ def main() -> None:
         seeds = sorted(predictions["seed"].unique())
 
         audited = sample(networks, config.audit.networks_per_family)
+        prober = Prober(load_section(ProbesConfig, "tokenize_zoo", "probes"), ZOO)
         readers = [name for name in predictors if PREDICTORS[name].reads_weights]
         changes = []
         with Progress("invariance audit", len(readers), "predictors") as progress:
@@ -104,6 +107,7 @@ def main() -> None:
                         generator=torch_generator("audit", name),
                         copies=config.audit.copies,
                         canonicalize=form.apply,
+                        build=prober.networks if PREDICTORS[name].needs_forward else None,
                     )
                 )
                 progress.advance()

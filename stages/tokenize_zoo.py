@@ -13,10 +13,11 @@ import typer
 from weightnet.architecture import build_architecture
 from weightnet.command import load_section, reported, require
 from weightnet.params import Params
+from weightnet.probing import ARCHITECTURE, Prober
 from weightnet.progress import Progress
 from weightnet.symmetry import PermutationSpec, trace
 from weightnet.symmetry.form import CanonicalForm
-from weightnet.tokens import TokensConfig, spec_id, tokenize, write_tokens
+from weightnet.tokens import ProbesConfig, TokensConfig, spec_id, tokenize, write_tokens
 from weightnet.zoo.imported import ADOPTED_CODE, HIDDEN
 from weightnet.zoo.store import read_zoo
 
@@ -29,6 +30,7 @@ class TokenizeConfig(Params):
     """The tokenize_zoo section."""
 
     canonical: CanonicalForm
+    probes: ProbesConfig
     tokens: TokensConfig
 
 
@@ -52,6 +54,7 @@ def describe(family: str) -> tuple[pd.DataFrame, dict[str, PermutationSpec]]:
     frame = pd.concat([recipes[[name for name in keep if name in recipes]], ways], axis=1)
     identity = {key: spec_id(spec) for key, spec in named.items()}
     frame["spec"] = [identity[key] for key in keys]
+    frame[list(ARCHITECTURE)] = keys
     frame = frame.merge(measured, on="run", validate="one_to_one")
     frame["diverged"] = frame.pop("diverged_at") >= 0
     return frame, {spec_id(spec): spec for spec in named.values()}
@@ -84,15 +87,17 @@ def main(
         config = load_section(TokenizeConfig, "tokenize_zoo")
         require(ZOO / family, f"train_zoo@{family}")
         frame, specs = describe(family)
-        spec_of = dict(zip(frame["run"], frame["spec"], strict=True))
+        row_of = {row["run"]: row for row in frame.to_dict("records")}
+        prober = Prober(config.probes, ZOO)
 
         def tables() -> Iterator[tuple[str, pa.Table]]:
             with Progress(f"tokenize_zoo {family}", len(frame), "networks") as progress:
                 for stack in read_zoo(ZOO / family):
                     for i, run in enumerate(stack.networks["run"]):
-                        spec = specs[spec_of[run]]
+                        spec = specs[row_of[run]["spec"]]
                         state = config.canonical.apply(spec, stack.state(i))
-                        yield run, tokenize(spec, state, config=config.tokens)
+                        found = prober.responses(row_of[run], spec, state)
+                        yield run, tokenize(spec, state, config=config.tokens, responses=found)
                         progress.advance()
 
         write_tokens(TOKENS / family, frame, specs, tables(), config=config.tokens)

@@ -1,6 +1,8 @@
 """WeightNet: attention over a network's neurons and layers, one head per property.
 
-A network is a set of layers, a layer a set of neurons (tokens). Each block lets the neurons of a
+A network is a set of layers, a layer a set of neurons (tokens), each with statistics of its
+weights and the messages that reach it along the network's weights, forward and backward
+(`messages`: no parameters to overfit on some hundred networks). Each block lets the neurons of a
 layer exchange information through a few induced points (Set Transformer, Lee et al. 2019,
 https://arxiv.org/abs/1810.00825), at a cost linear in the layer's width, and then lets the layers'
 summaries attend to each other. Each property reads the layers by an attention of its own, whose
@@ -29,7 +31,17 @@ from weightnet.predictors.features import Encoder, Features, weight_features
 from weightnet.predictors.fitting import Batches, FitConfig
 from weightnet.predictors.interface import Predictor
 from weightnet.predictors.learned import ModulePredictor
-from weightnet.tokens import ACTIVATIONS, KINDS, TokenFeatures, token_features
+from weightnet.tokens import (
+    ACTIVATIONS,
+    KINDS,
+    TOKEN_MESSAGES,
+    TokenFeatures,
+    message_statistics,
+    response_features,
+    response_statistics,
+    token_features,
+    token_messages,
+)
 
 if TYPE_CHECKING:
     from weightnet.tokens import Networks
@@ -50,6 +62,8 @@ class WeightNetConfig(Params):
         training_layers, training_tokens: of a deeper network so many layers, and of a wider layer
             so many neurons, drawn anew for each batch, are seen in training; prediction sees all.
         intra_layer, cross_layer: whether neurons of a layer, and layers, attend to each other.
+        messages: whether tokens carry messages along the network's weights (`token_messages`).
+        embeddings: whether tokens carry embeddings of layer kind and activation.
         statistics: whether the heads also read statistics of the whole network.
     """
 
@@ -62,6 +76,8 @@ class WeightNetConfig(Params):
     training_tokens: int = Field(default=16, gt=0)
     intra_layer: bool = True
     cross_layer: bool = True
+    messages: bool = True
+    embeddings: bool = True
     statistics: bool = True
     fit: FitConfig = FitConfig(
         epochs=60, patience=20, batch_size=32, learning_rate=2e-3, weight_decay=0.05
@@ -212,10 +228,8 @@ class WeightNet(nn.Module):
         super().__init__()
         width = config.width
         self.embed = nn.Sequential(nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
-        self.kind = nn.Embedding(len(KINDS), width)
-        self.activation = nn.Embedding(len(ACTIVATIONS), width)
-        nn.init.normal_(self.kind.weight, std=0.1)
-        nn.init.normal_(self.activation.weight, std=0.1)
+        self.kind = _embedding(len(KINDS), width) if config.embeddings else None
+        self.activation = _embedding(len(ACTIVATIONS), width) if config.embeddings else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(width)
         self.read = nn.Linear(width, properties)
@@ -260,7 +274,8 @@ class WeightNet(nn.Module):
 
     def _encode(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         tokens = self.embed(batch.values)
-        tokens = tokens + self.kind(batch.kind) + self.activation(batch.activation)
+        if self.kind is not None and self.activation is not None:
+            tokens = tokens + self.kind(batch.kind) + self.activation(batch.activation)
         count = len(batch.statistics)
         layers = tokens.new_zeros(count, batch.depth, tokens.shape[1])
         padding = torch.ones(count * batch.depth, dtype=torch.bool, device=tokens.device)
@@ -273,6 +288,12 @@ class WeightNet(nn.Module):
     def _importance(self, layers: Tensor, padding: Tensor) -> Tensor:
         scores = self.read(layers).masked_fill(padding.unsqueeze(2), -torch.inf)
         return scores.softmax(dim=1)
+
+
+def _embedding(codes: int, width: int) -> nn.Embedding:
+    table = nn.Embedding(codes, width)
+    nn.init.normal_(table.weight, std=0.1)
+    return table
 
 
 def segment_sum(values: Tensor, segment: Tensor, segments: int) -> Tensor:
@@ -314,19 +335,17 @@ class TokenReader:
 
     def prepare(self, train: Networks) -> None:
         """Measure the scale of each token feature and statistic."""
-        self.tokens.fit(self._token_values(token_features(train)))
-        self.statistics.fit(weight_features(train))
+        _, values, statistics = self._read_networks(train)
+        self.tokens.fit(values)
+        self.statistics.fit(statistics)
 
     def batches(self, networks: Networks, *, training: bool) -> Batches:
         """Read all tokens once; a batch picks the tokens of its networks."""
-        features = token_features(networks)
-        values = self.tokens.transform(self._token_values(features)).astype(np.float32)
+        features, values, statistics = self._read_networks(networks)
         tokens = _Tokens(
             features,
-            torch.from_numpy(values),
-            torch.from_numpy(
-                self.statistics.transform(weight_features(networks)).astype(np.float32)
-            ),
+            torch.from_numpy(self.tokens.transform(values).astype(np.float32, copy=False)),
+            torch.from_numpy(self.statistics.transform(statistics).astype(np.float32)),
             self.config.training_layers if training else None,
             self.config.training_tokens if training else None,
         )
@@ -347,18 +366,42 @@ class TokenReader:
         self.tokens.read(folder / "tokens")
         self.statistics.read(folder / "statistics")
 
-    def _token_values(self, features: TokenFeatures) -> Features:
-        parts = [np.arcsinh(features.values * np.float32(scale)) for scale in _SCALES]
+    def _read_networks(self, networks: Networks) -> tuple[TokenFeatures, Features, Features]:
+        """Return the tokens, what is known of each, and statistics of the whole networks."""
+        features = token_features(networks)
         names = [f"{name}*{scale:g}" for scale in _SCALES for name in features.names]
+        values = [np.arcsinh(features.values * np.float32(scale)) for scale in _SCALES]
+        whole = weight_features(networks)
+        columns: list[str] = list(whole.names)
+        statistics = [whole.values]
+        if self.config.messages:
+            messages = token_messages(networks)
+            names += TOKEN_MESSAGES
+            values.append(messages)
+            told, table = message_statistics(
+                messages, features.layer_offsets, features.layer_starts
+            )
+            columns += told
+            statistics.append(table.astype(np.float64))
         if self.responses:
             if features.responses is None:
                 raise ValueError(
                     "tokens must carry probe responses, however: they carry none; set "
                     "tokenize_zoo.probes.count above 0 and run `dvc repro tokenize_zoo`"
                 )
-            parts.append(np.arcsinh(features.responses))
-            names += [f"response{i}" for i in range(features.responses.shape[1])]
-        return Features(tuple(names), np.concatenate(parts, axis=1))
+            answered, answers = response_features(features.responses)
+            names += answered
+            values.append(answers)
+            found, table = response_statistics(
+                features.responses, features.layer_offsets, features.layer_starts
+            )
+            columns += found
+            statistics.append(table.astype(np.float64))
+        return (
+            features,
+            Features(tuple(names), np.concatenate(values, axis=1)),
+            Features(tuple(columns), np.concatenate(statistics, axis=1)),
+        )
 
 
 class _Tokens:

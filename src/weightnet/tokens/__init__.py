@@ -2,9 +2,15 @@
 and graphs."""
 
 from weightnet.tokens.features import FEATURES, TokenFeatures, token_features
-from weightnet.tokens.graph import EDGES, DenseBlock, Graph, dense_blocks, layer_blocks
 from weightnet.tokens.layout import ACTIVATIONS, KINDS, Layout, layout, spec_id
+from weightnet.tokens.messages import TOKEN_MESSAGES, message_statistics, token_messages
 from weightnet.tokens.networks import Networks, Stack
+from weightnet.tokens.probes import (
+    ProbesConfig,
+    probe_responses,
+    response_features,
+    response_statistics,
+)
 from weightnet.tokens.schema import SCHEMA_VERSION
 from weightnet.tokens.shards import iter_tokens, read_networks
 from weightnet.tokens.statistics import flat_weights, layer_norms, weight_statistics
@@ -13,27 +19,29 @@ from weightnet.tokens.writer import write_tokens
 
 __all__ = [
     "ACTIVATIONS",
-    "EDGES",
     "FEATURES",
     "KINDS",
     "SCHEMA_VERSION",
-    "DenseBlock",
-    "Graph",
+    "TOKEN_MESSAGES",
     "Layout",
     "Networks",
+    "ProbesConfig",
     "Stack",
     "TokenFeatures",
     "TokensConfig",
-    "dense_blocks",
     "detokenize",
     "flat_weights",
     "iter_tokens",
-    "layer_blocks",
     "layer_norms",
     "layout",
+    "message_statistics",
+    "probe_responses",
     "read_networks",
+    "response_features",
+    "response_statistics",
     "spec_id",
     "token_features",
+    "token_messages",
     "tokenize",
     "weight_statistics",
     "write_tokens",

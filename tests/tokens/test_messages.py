@@ -1,0 +1,85 @@
+"""Messages along the weights: against a direct simulation, and unchanged by permutation."""
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from weightnet.symmetry import permute, random_permutation, trace
+from weightnet.tokens import (
+    TOKEN_MESSAGES,
+    Networks,
+    message_statistics,
+    token_features,
+    token_messages,
+)
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
+
+
+def messages(module: nn.Module, *states: dict[str, torch.Tensor]) -> tuple[Networks, np.ndarray]:
+    spec = trace(module, torch.zeros(1, 1, 4, 4))
+    frame = pd.DataFrame({"run": [str(i) for i in range(len(states))]})
+    networks = Networks.from_states(frame, [spec] * len(states), list(states))
+    return networks, token_messages(networks)
+
+
+def test_forward_messages_are_the_moments_of_noise_through_the_network() -> None:
+    module = plain()
+    _, found = messages(module, module.state_dict())
+    noise = torch.randn(200_000, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        hidden, out = module[1](noise.flatten(1)), module(noise)
+    columns = {name: found[:, place] for place, name in enumerate(TOKEN_MESSAGES)}
+    np.testing.assert_allclose(
+        np.exp(columns["white_log_spread"][:12]), hidden.std(dim=0).numpy(), rtol=0.02
+    )
+    np.testing.assert_allclose(
+        columns["white_on"][:12], (hidden > 0).float().mean(dim=0).numpy(), atol=0.01
+    )
+    np.testing.assert_allclose(
+        np.sinh(columns["white_mean"][12:]), out.mean(dim=0).numpy(), atol=0.03
+    )
+
+
+def test_backward_messages_are_squared_gradients() -> None:
+    module = plain()
+    _, found = messages(module, module.state_dict())
+    gradient = found[:, TOKEN_MESSAGES.index("white_gradient")]
+    np.testing.assert_allclose(gradient[12:], 0, atol=1e-6)
+    on = found[:12, TOKEN_MESSAGES.index("white_on")]
+    outgoing = (module[3].weight.detach() ** 2).sum(dim=0).numpy()
+    np.testing.assert_allclose(np.exp(2 * gradient[:12]), outgoing * on, rtol=1e-4)
+
+
+def test_a_permuted_network_has_permuted_messages() -> None:
+    from weightnet.zoo.architectures import build
+
+    module = build("resnet18", width=0.0625, stem="small", image_channels=1, size=4, classes=3)
+    state = module.state_dict()
+    spec = trace(module, torch.zeros(1, 1, 4, 4))
+    moved = permute(spec, random_permutation(spec, torch.Generator().manual_seed(2)), state)
+    networks, found = messages(module, state, moved)
+    features = token_features(networks)
+    half = features.token_offsets[1]
+    assert not np.allclose(found[:half], found[half:])
+    for values in (found[:half], found[half:]):
+        assert np.isfinite(values).all()
+    np.testing.assert_allclose(
+        np.sort(found[:half], axis=0), np.sort(found[half:], axis=0), rtol=1e-4, atol=1e-4
+    )
+    names, table = message_statistics(found, features.layer_offsets, features.layer_starts)
+    assert table.shape == (2, len(names))
+    np.testing.assert_allclose(table[0], table[1], rtol=1e-4, atol=1e-4)
+
+
+def test_diverged_weights_give_finite_messages() -> None:
+    module = plain()
+    state = {
+        name: torch.full_like(value, torch.inf) for name, value in module.state_dict().items()
+    }
+    _, found = messages(module, state)
+    assert np.isfinite(found).all()
