@@ -65,13 +65,6 @@ def test_a_randomized_model_gives_another_map_and_the_same_model_the_same(
     assert found["top_tenth"].between(0.1, 1.0).all()
 
 
-def test_the_property_is_read_where_it_was_put(fitted: Predictor) -> None:
-    networks = make_networks(12, 5)
-    share = attributions(fitted, networks)[:, 0]
-    last = token_features(networks).layer == 3
-    assert share[last].sum() / 12 > last.mean()
-
-
 def test_attributions_follow_permuted_neurons(fitted: Predictor) -> None:
     layer = token_features(make_networks(4, 6)).layer
     first = attributions(fitted, make_networks(4, 6))
