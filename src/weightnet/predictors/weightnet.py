@@ -332,16 +332,22 @@ class TokenReader:
             )
         self.config, self.responses = config, responses
         self.tokens, self.statistics = Encoder(_LIMIT), Encoder(_LIMIT)
+        self._prepared: tuple[Networks, tuple[TokenFeatures, Features, Features]] | None = None
 
     def prepare(self, train: Networks) -> None:
         """Measure the scale of each token feature and statistic."""
-        _, values, statistics = self._read_networks(train)
+        self._prepared = (train, self._read_networks(train))
+        _, values, statistics = self._prepared[1]
         self.tokens.fit(values)
         self.statistics.fit(statistics)
 
     def batches(self, networks: Networks, *, training: bool) -> Batches:
         """Read all tokens once; a batch picks the tokens of its networks."""
-        features, values, statistics = self._read_networks(networks)
+        if self._prepared is not None and self._prepared[0] is networks:
+            features, values, statistics = self._prepared[1]
+            self._prepared = None
+        else:
+            features, values, statistics = self._read_networks(networks)
         tokens = _Tokens(
             features,
             torch.from_numpy(self.tokens.transform(values).astype(np.float32, copy=False)),
