@@ -167,3 +167,16 @@ def test_inspect_counts_and_draws() -> None:
     assert f"{count:,} parameters" in flat
     assert "2 dead neurons" in flat
     assert Path("h.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_probing_predictor_takes_networks_too() -> None:
+    networks = [network(seed) for seed in range(8)]
+    fit = {"epochs": 1, "patience": 1}
+    config = {"width": 8, "heads": 2, "blocks": 1, "points": 2, "fit": fit}
+    model = WeightNet("weightnet_probe", config=config, preparation={"probes": {"count": 2}})
+    model.fit(networks, pd.DataFrame({"order": np.arange(8.0)}))
+    assert np.isfinite(model.predict(networks[0])["order"]).all()
+    assert "outside" in model.predict(networks[0])
+    files = model.predict(networks[0].state_dict(), architecture="cnn", arguments=SMALL)
+    same = model.predict(networks[0], shape=(1, 14, 14))  # the probes have this size
+    assert np.allclose(files["order"], same["order"])
