@@ -192,7 +192,8 @@ class WeightNet:
             networks: a module, a state dict, a checkpoint file, or a list of these.
             architecture: for state dicts and files ``architecture`` (a registered name, a module,
                 or ``package.module:callable``) and ``arguments``; ``shape`` of one input, where it
-                cannot be told, or matters (probes have it); ``path``, a folder of your modules; ``names`` of the rows.
+                cannot be told, or matters (probes have it); ``path``, a folder of your
+                modules; ``names`` of the rows.
 
         Returns:
             Columns ``<property>``, ``<property>_low``, ``<property>_high`` (90% interval),
