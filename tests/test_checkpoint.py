@@ -240,10 +240,10 @@ def test_the_shape_of_inputs_is_found(tmp_path: Path) -> None:
         "    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(),\n"
         "                         nn.Linear(3 * 26 * 26, 10))\n"
         "def odd():\n"
-        "    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(3 * 19 * 19, 10))\n"
+        "    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(3 * 77 * 77, 10))\n"
     )
     _, spec = trace_architecture("flat_net_of_test:make", path=tmp_path)
     assert [space.size for space in spec.spaces] == [3]
     with pytest.raises(ValueError, match="--input"):
         trace_architecture("flat_net_of_test:odd", path=tmp_path)
-    trace_architecture("flat_net_of_test:odd", shape=(1, 21, 21), path=tmp_path)
+    trace_architecture("flat_net_of_test:odd", shape=(1, 79, 79), path=tmp_path)

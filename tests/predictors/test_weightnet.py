@@ -13,7 +13,7 @@ from weightnet.predictors import Predictor, build
 from weightnet.predictors.ranks import mean_tau
 from weightnet.predictors.weightnet import _sample, segment_max, segment_mean, segment_softmax
 from weightnet.symmetry import permute, random_permutation, trace
-from weightnet.tokens import Networks
+from weightnet.tokens import Networks, ProbesConfig, probe_responses
 from weightnet.zoo.architectures import build as build_architecture
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -22,20 +22,26 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mobilenet_v2": {"width": 1 / 16, "stem": "small", "size": 8, "image_channels": 1},
     "densenet121": {"width": 1 / 32, "stem": "small", "size": 8, "image_channels": 1},
     "vgg11": {"width": 1 / 32, "stem": "small", "size": 8, "image_channels": 1},
+    "resnet34": {"width": 1 / 32, "stem": "small", "size": 8, "image_channels": 1},
+    "resnet50": {"width": 1 / 32, "stem": "small", "size": 8, "image_channels": 1},
+    "vgg16": {"width": 1 / 32, "stem": "small", "size": 8, "image_channels": 1},
 }
 SMALL: dict[str, Any] = {"width": 16, "heads": 2, "points": 2, "training_tokens": 4}
 
 
-def make_networks(families: dict[str, int], *, seed: int, moved: bool = False) -> Networks:
+def make_networks(
+    families: dict[str, int], *, seed: int, moved: bool = False, probes: int = 0
+) -> Networks:
     """Networks whose property is the logarithm of the scale of their last layer."""
     generator = torch.Generator().manual_seed(seed)
     moves = torch.Generator().manual_seed(seed + 1)
-    specs, states, rows = [], [], []
+    specs, states, rows, responses = [], [], [], []
     for family, count in families.items():
         arguments = {"classes": 10, **ARCHITECTURES[family]}
         module = build_architecture(family, **arguments)
         size = arguments.get("size", 14)
         spec = trace(module, torch.zeros(1, 1, size, size))
+        inputs = ProbesConfig(count=probes).inputs((1, size, size))
         head = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
         for _ in range(count):
             scale = float(torch.randn((), generator=generator))
@@ -51,8 +57,10 @@ def make_networks(families: dict[str, int], *, seed: int, moved: bool = False) -
                 state = dict(permute(spec, random_permutation(spec, moves), state))
             specs.append(spec)
             states.append(state)
+            responses.append(probe_responses(module, spec, state, inputs) if probes else {})
             rows.append({"run": f"{len(rows):016x}", "family": family, "property.scale": scale})
-    return Networks.from_states(pd.DataFrame(rows).assign(task="digits"), specs, states)
+    frame = pd.DataFrame(rows).assign(task="digits")
+    return Networks.from_states(frame, specs, states, responses=responses if probes else None)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +81,18 @@ def test_permuted_networks_get_the_same_prediction(fitted: Predictor, family: st
     moved = fitted.predict(make_networks({family: 3}, seed=3, moved=True))
     np.testing.assert_allclose(moved.mean, original.mean, atol=1e-5)
     np.testing.assert_allclose(moved.high, original.high, atol=1e-4)
+
+
+def test_the_probing_predictor_reads_responses_and_not_their_order() -> None:
+    config = {**SMALL, "fit": {"epochs": 4, "learning_rate": 0.01, "batch_size": 16}}
+    train, validation = (make_networks({"cnn": n}, seed=n, probes=4) for n in (40, 20))
+    predictor = build("weightnet_probe", config, ["scale"], 0).fit(train, validation)
+    for family in ("cnn", "mobilenet_v2"):
+        original = predictor.predict(make_networks({family: 2}, seed=3, probes=4))
+        moved = predictor.predict(make_networks({family: 2}, seed=3, probes=4, moved=True))
+        np.testing.assert_allclose(moved.mean, original.mean, atol=1e-4)
+    with pytest.raises(ValueError, match="must carry probe responses"):
+        predictor.predict(make_networks({"cnn": 2}, seed=3))
 
 
 def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(fitted: Predictor) -> None:

@@ -10,6 +10,7 @@ one thread, ``deterministic`` with ``force_row_wise``
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from pydantic import Field
 from weightnet.params import Params
 from weightnet.predictors import features as feature_functions
 from weightnet.predictors.features import Encoder, FeatureFunction
-from weightnet.predictors.interface import Log, Predictor
+from weightnet.predictors.interface import Log, Predictor, write_json
 from weightnet.predictors.ranks import mean_tau
 from weightnet.predictors.scaling import Array
 from weightnet.randomness import numpy_generator
@@ -44,6 +45,16 @@ _FIXED: dict[str, Any] = {
     "bagging_freq": 1,
 }
 
+
+_BAG: dict[str, Any] = {
+    "num_leaves": 10,
+    "learning_rate": 0.05,
+    "min_data_in_leaf": 8,
+    "feature_fraction": 0.15,
+    "bagging_fraction": 0.7,
+    "lambda_l2": 1.0,
+}
+_BAGS = "trees.json"
 
 _PERMUTATIONS = 16  # of the control
 
@@ -206,6 +217,49 @@ class _Search:
             self.error = error
             # through text at once, so that a model in memory and a loaded one are the same
             self._best = _booster(model.model_to_string(num_iteration=model.best_iteration))
+
+
+class TreeBags:
+    """The average of ``bags`` sets of boosted trees, a model for each of P properties in each set.
+
+    There is no search: each model sees other rows and columns at every tree, and grows until the
+    validation networks are predicted no better. They read columns that a perceptron overfits on.
+    """
+
+    def __init__(self, bags: int) -> None:
+        self.bags = bags
+        self._models: list[list[lightgbm.Booster]] = []
+
+    def fit(
+        self, rows: Array, targets: Array, held_out: Array, held_out_targets: Array, *, seed: int
+    ) -> None:
+        """Grow the trees on ``rows`` [B, F] and ``targets`` [B, P], NaN where missing."""
+        config = TreeConfig(rounds=300, patience=30)
+        generator = numpy_generator(seed, "tree bags")
+        self._models = []
+        for _ in range(self.bags):
+            models = []
+            for labels, held_out_labels in zip(targets.T, held_out_targets.T, strict=True):
+                search = _Search(rows, labels, held_out, held_out_labels, config)
+                search.consider({**_BAG, "seed": int(generator.integers(2**31))})
+                models.append(search.best)
+            self._models.append(models)
+
+    def predict(self, rows: Array) -> Array:
+        """Of ``rows`` [B, F], [B, P]."""
+        return np.mean([_predict(models, rows) for models in self._models], axis=0)
+
+    def write(self, folder: Path) -> None:
+        """Write all models to one file."""
+        if self.bags:
+            texts = [[model.model_to_string() for model in models] for models in self._models]
+            write_json(folder / _BAGS, texts)
+
+    def read(self, folder: Path) -> None:
+        """Read what `write` wrote."""
+        if self.bags:
+            texts = json.loads((folder / _BAGS).read_text(encoding="utf-8"))
+            self._models = [[_booster(text) for text in models] for models in texts]
 
 
 def _candidates(count: int, generator: np.random.Generator) -> list[dict[str, Any]]:

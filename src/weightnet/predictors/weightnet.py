@@ -12,6 +12,10 @@ Invariance: tokens carry no position inside their layer, and every operation on 
 or a sum over a set, so reordering hidden neurons changes nothing but the order of floating-point
 sums. Networks of any depth and width go through one set of weights in one batch: tokens are
 packed, without padding; only the (few) layers are padded and masked.
+
+With some hundred networks to learn from, boosted trees read the statistics better than a
+perceptron does and the attention reads what no statistic holds, so that both are fitted and
+averaged in equal parts (``trees``).
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -29,8 +34,10 @@ from torch import Tensor, nn
 from weightnet.params import Params
 from weightnet.predictors.features import Encoder, Features, weight_features
 from weightnet.predictors.fitting import Batches, FitConfig
-from weightnet.predictors.interface import Predictor
+from weightnet.predictors.interface import Log, Predictor
 from weightnet.predictors.learned import ModulePredictor
+from weightnet.predictors.scaling import Array
+from weightnet.predictors.trees import TreeBags
 from weightnet.tokens import (
     ACTIVATIONS,
     KINDS,
@@ -65,6 +72,8 @@ class WeightNetConfig(Params):
         messages: whether tokens carry messages along the network's weights (`token_messages`).
         embeddings: whether tokens carry embeddings of layer kind and activation.
         statistics: whether the heads also read statistics of the whole network.
+        trees: sets of boosted trees on the same statistics whose average makes up half of the
+            prediction; 0 for the attention alone.
     """
 
     width: int = Field(default=64, gt=0)
@@ -79,8 +88,9 @@ class WeightNetConfig(Params):
     messages: bool = True
     embeddings: bool = True
     statistics: bool = True
+    trees: int = Field(default=4, ge=0)
     fit: FitConfig = FitConfig(
-        epochs=60, patience=20, batch_size=32, learning_rate=2e-3, weight_decay=0.05
+        epochs=24, patience=10, batch_size=32, learning_rate=2e-3, weight_decay=0.05
     )
 
 
@@ -321,6 +331,10 @@ def segment_softmax(scores: Tensor, segment: Tensor, segments: int) -> Tensor:
     return raised / segment_sum(raised, segment, segments)[segment]
 
 
+Read = tuple[TokenFeatures, Features, Features]
+"""The tokens of networks, what is known of each, and statistics of the whole networks."""
+
+
 class TokenReader:
     """Reads networks as packed token batches, standardized on the training networks."""
 
@@ -332,22 +346,17 @@ class TokenReader:
             )
         self.config, self.responses = config, responses
         self.tokens, self.statistics = Encoder(_LIMIT), Encoder(_LIMIT)
-        self._prepared: tuple[Networks, tuple[TokenFeatures, Features, Features]] | None = None
+        self._known: WeakKeyDictionary[Networks, Read] = WeakKeyDictionary()
 
     def prepare(self, train: Networks) -> None:
         """Measure the scale of each token feature and statistic."""
-        self._prepared = (train, self._read_networks(train))
-        _, values, statistics = self._prepared[1]
+        _, values, statistics = self._read_networks(train)
         self.tokens.fit(values)
         self.statistics.fit(statistics)
 
     def batches(self, networks: Networks, *, training: bool) -> Batches:
         """Read all tokens once; a batch picks the tokens of its networks."""
-        if self._prepared is not None and self._prepared[0] is networks:
-            features, values, statistics = self._prepared[1]
-            self._prepared = None
-        else:
-            features, values, statistics = self._read_networks(networks)
+        features, values, statistics = self._read_networks(networks)
         tokens = _Tokens(
             features,
             torch.from_numpy(self.tokens.transform(values).astype(np.float32, copy=False)),
@@ -356,6 +365,10 @@ class TokenReader:
             self.config.training_tokens if training else None,
         )
         return Batches(tokens.collate, len(networks), tokens.cost)
+
+    def rows(self, networks: Networks) -> Array:
+        """The statistics of whole networks, standardized [B, S]."""
+        return self.statistics.transform(self._read_networks(networks)[2])
 
     def module(self, properties: int) -> WeightNet:
         """Return a new WeightNet."""
@@ -372,8 +385,13 @@ class TokenReader:
         self.tokens.read(folder / "tokens")
         self.statistics.read(folder / "statistics")
 
-    def _read_networks(self, networks: Networks) -> tuple[TokenFeatures, Features, Features]:
-        """Return the tokens, what is known of each, and statistics of the whole networks."""
+    def _read_networks(self, networks: Networks) -> Read:
+        """Read ``networks`` once for as long as they live: reading takes as long as fitting."""
+        if networks not in self._known:
+            self._known[networks] = self._read(networks)
+        return self._known[networks]
+
+    def _read(self, networks: Networks) -> Read:
         features = token_features(networks)
         names = [f"{name}*{scale:g}" for scale in _SCALES for name in features.names]
         values = [np.arcsinh(features.values * np.float32(scale)) for scale in _SCALES]
@@ -478,7 +496,50 @@ def _ranges(starts: Tensor, stops: Tensor) -> Tensor:
     return torch.arange(int(lengths.sum())) + (starts - before).repeat_interleave(lengths)
 
 
+class WeightNetPredictor(ModulePredictor):
+    """`WeightNet`, averaged with trees on the statistics that its heads read."""
+
+    reader: TokenReader
+
+    def __init__(
+        self, name: str, config: WeightNetConfig, properties: Sequence[str], seed: int
+    ) -> None:
+        reader = TokenReader(config, responses=name == "weightnet_probe")
+        super().__init__(name, config, properties, seed, reader=reader, fit=config.fit)
+        self.trees = TreeBags(config.trees)
+
+    def _train(
+        self,
+        train: Networks,
+        targets: Array,
+        validation: Networks,
+        validation_targets: Array,
+        *,
+        log: Log | None,
+        checkpoint: Path | None,
+    ) -> None:
+        super()._train(
+            train, targets, validation, validation_targets, log=log, checkpoint=checkpoint
+        )
+        if self.trees.bags:
+            rows, held_out = self.reader.rows(train), self.reader.rows(validation)
+            self.trees.fit(rows, targets, held_out, validation_targets, seed=self.seed)
+
+    def _estimate(self, networks: Networks) -> tuple[Array, Array]:
+        mean, spread = super()._estimate(networks)
+        if self.trees.bags:
+            mean = (mean + self.trees.predict(self.reader.rows(networks))) / 2
+        return mean, spread
+
+    def _write(self, folder: Path) -> None:
+        super()._write(folder)
+        self.trees.write(folder)
+
+    def _read(self, folder: Path) -> None:
+        super()._read(folder)
+        self.trees.read(folder)
+
+
 def build(name: str, config: WeightNetConfig, properties: Sequence[str], seed: int) -> Predictor:
     """Return ``weightnet`` or, reading probe responses as well, ``weightnet_probe``."""
-    reader = TokenReader(config, responses=name == "weightnet_probe")
-    return ModulePredictor(name, config, properties, seed, reader=reader, fit=config.fit)
+    return WeightNetPredictor(name, config, properties, seed)

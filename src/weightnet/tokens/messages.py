@@ -36,6 +36,7 @@ TOKEN_MESSAGES = tuple(
 _TINY = 1e-12
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(9)
 _STEP = 1e-3
+_ROUNDING = 1e-10  # variance that rounding alone may give: no spread
 
 Activation = Callable[[Doubles], Doubles]
 _ACTIVATIONS: dict[str, Activation] = {
@@ -120,7 +121,9 @@ def message_statistics(
     counts = np.maximum(np.diff(layer_offsets), 1)[:, None]
     mean = np.add.reduceat(messages.astype(np.float64), first, axis=0) / counts
     square = np.add.reduceat(messages.astype(np.float64) ** 2, first, axis=0) / counts
-    table = np.concatenate([mean, np.sqrt(np.maximum(square - mean**2, 0))], axis=1)
+    variance = square - mean**2
+    spread = np.sqrt(np.where(variance > _ROUNDING, variance, 0))
+    table = np.concatenate([mean, spread], axis=1)
     rows = []
     for start, stop in itertools.pairwise(layer_starts):
         layers = table[start:stop]
@@ -209,6 +212,8 @@ def _activate(mean: Doubles, variance: Doubles, activation: str) -> _Moments:
     on = 0.5 * (1 + erf(mean / (np.sqrt(2) * spread + _TINY)))
     if activation == "relu":
         slope = on
+    elif activation == "identity":
+        slope = np.ones_like(mean)
     return _Moments(mean, variance, first, np.maximum(second - first**2, 0), slope, on)
 
 

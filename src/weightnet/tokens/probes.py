@@ -78,14 +78,15 @@ def probe_responses(
         module: the architecture, in whatever state; it is left as it is.
         spec: its permutation spec.
         state: the weights to run it with.
-        inputs: [N, channels, height, width].
+        inputs: [N, channels, height, width]; the forward pass runs in float64, or the answers of
+            a neuron that hardly answers would be rounding errors.
 
     Raises:
         ValueError: if a layer is not computed by a module of its own, so that its output cannot
             be seen.
     """
     found: dict[int, list[Tensor]] = {layer.index: [] for layer in spec.layers}
-    training = module.training
+    training, inputs = module.training, inputs.double()
     with ExitStack() as stack, torch.no_grad():
         for layer in spec.layers:
             part = module.get_submodule(_path(layer))
@@ -103,17 +104,21 @@ def probe_responses(
                 "each layer must be computed once by a module of its own to be probed, however: "
                 f"{layer.name} is not; set tokenize_zoo.probes.count=0"
             )
-    return {index: torch.cat(parts).T.contiguous().numpy() for index, parts in found.items()}
+    return {
+        index: torch.cat(parts).T.contiguous().float().numpy() for index, parts in found.items()
+    }
 
 
 def _untrained(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Zeros for what the weights leave out (integer counters), so that a module without storage
-    runs."""
+    """What the weights leave out: constants as they are, in float64; zeros for what has no storage
+    (integer counters)."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
+    left_out = {name: tensor for name, tensor in tensors if name not in state}
     return {
         name: torch.zeros(tensor.shape, dtype=tensor.dtype)
-        for name, tensor in tensors
-        if name not in state and tensor.is_meta
+        if tensor.is_meta
+        else (tensor.double() if tensor.is_floating_point() else tensor)
+        for name, tensor in left_out.items()
     }
 
 
