@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from weightnet.tokens import Networks
 
 _LIMIT = 5.0  # standard deviations beyond which features are cut off
+_REACH = 1.5  # standard deviations that the network reads: it must not extrapolate to new families
 _SCALES = (1.0, 30.0)  # features are read as asinh(scale * x): small and large values both resolve
 
 
@@ -271,7 +272,7 @@ class WeightNet(nn.Module):
         average = (layers * known).sum(dim=1) / known.sum(dim=1)
         shared = [average]
         if self.statistics is not None:
-            shared.append(self.statistics(batch.statistics))
+            shared.append(self.statistics(batch.statistics.clamp(-_REACH, _REACH)))
         together = torch.cat(shared, dim=1).unsqueeze(1).expand(-1, pooled.shape[1], -1)
         hidden = self.hidden(torch.cat([pooled, together], dim=2))
         out = torch.einsum("bpd,pkd->bpk", hidden, self.head_weight) + self.head_bias
@@ -283,7 +284,7 @@ class WeightNet(nn.Module):
         return self._importance(*self._encode(batch))
 
     def _encode(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        tokens = self.embed(batch.values)
+        tokens = self.embed(batch.values.clamp(-_REACH, _REACH))
         if self.kind is not None and self.activation is not None:
             tokens = tokens + self.kind(batch.kind) + self.activation(batch.activation)
         count = len(batch.statistics)
