@@ -72,6 +72,7 @@ ABLATIONS: tuple[Ablation, ...] = (
     Ablation("no-cross-layer", "parts", (f"{_W}.cross_layer=false",)),
     Ablation("no-messages", "parts", (f"{_W}.messages=false",)),
     Ablation("no-statistics", "parts", (f"{_W}.statistics=false",)),
+    Ablation("no-trees", "parts", (f"{_W}.trees=0",)),
     Ablation("no-embeddings", "parts", (f"{_W}.embeddings=false",)),
     Ablation("no-probes", "probes", (), "weightnet", base="weightnet_probe"),
     *(
