@@ -12,7 +12,8 @@ from weightnet.report.names import PROPERTIES, PredictorInfo, arrange
 from weightnet.report.tables import bounds
 
 HEADLINE = "test_accuracy"
-RIVALS = ("baseline", "floor")
+BASELINES = ("baseline", "published")
+RIVALS = (*BASELINES, "floor")
 
 
 @dataclass(frozen=True)

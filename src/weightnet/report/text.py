@@ -14,7 +14,15 @@ import numpy as np
 import pandas as pd
 
 from weightnet.report.captions import CAPTIONS
-from weightnet.report.evidence import HEADLINE, Evidence, enumerate_words, lead, where
+from weightnet.report.evidence import (
+    BASELINES,
+    HEADLINE,
+    RIVALS,
+    Evidence,
+    enumerate_words,
+    lead,
+    where,
+)
 from weightnet.report.names import (
     CEILING,
     KIND_NAMES,
@@ -229,44 +237,15 @@ def _against_rivals(evidence: Evidence) -> str:
         return ""
     lines = [
         "## Against the strongest rival",
-        "The lead in tau over the strongest baseline or floor of each cell, chosen by its tau on "
-        "the same test networks, which favours the rival. The interval is that of the paired "
-        "difference: both predictors are resampled on the same runs. Cells without a word are "
-        "undecided: the interval includes 0.",
+        "The lead in tau over the strongest rival of each cell, chosen by its tau on the same "
+        "test networks, which favours the rival. The interval is that of the paired difference: "
+        "both predictors are resampled on the same runs. Cells without a word are undecided: the "
+        "interval includes 0.",
     ]
     for info in evidence.ours:
-        rows, counts = [], {"better": 0, "worse": 0, "": 0}
-        losses, ties = [], []
-        for name in evidence.properties:
-            cells = [property_name(name).title]
-            for split in evidence.splits:
-                found = lead(evidence, info.name, split, name)
-                if found is None:
-                    cells.append("-")
-                    continue
-                rival, value, low, high = found
-                said = verdict(low, high)
-                counts[said] += 1
-                place = f"{property_name(name).title} ({split_name(split)}, against `{rival}`)"
-                if said == "worse":
-                    losses.append(place)
-                elif said == "":
-                    ties.append(place)
-                lead_text = with_interval(value, low, high)
-                cells.append(
-                    f"{lead_text} {said} than {rival}" if said else f"{lead_text} {rival}"
-                )
-            rows.append(cells)
-        lines += [
-            f"### {info.label}",
-            markdown(rows, ["property", *(split_name(split) for split in evidence.splits)]),
-            f"Of {_count(sum(counts.values()), 'cell', 'cells')}, `{info.name}` is better in "
-            f"{counts['better']}, worse in {counts['worse']} and undecided in {counts['']}.",
-        ]
-        if losses:
-            lines.append(f"It **loses** on {enumerate_words(losses)}.")
-        if ties:
-            lines.append(f"No difference can be shown on {enumerate_words(ties)}.")
+        lines.append(f"### {info.label}")
+        lines += _lead_table(evidence, info, BASELINES, "Over the baselines, which read weights")
+        lines += _lead_table(evidence, info, RIVALS, "Over baselines and floors, the recipe too")
     lines.append(f"The lead over every rival, for {property_name(HEADLINE).title}:")
     for info in evidence.ours:
         own = where(
@@ -280,6 +259,45 @@ def _against_rivals(evidence: Evidence) -> str:
     return "\n\n".join(lines)
 
 
+def _lead_table(
+    evidence: Evidence, info: PredictorInfo, kinds: Sequence[str], title: str
+) -> list[str]:
+    """The lead over the strongest rival of ``kinds`` in every cell, and a count of the cells."""
+    rows, counts = [], {"better": 0, "worse": 0, "": 0}
+    losses, ties = [], []
+    for name in evidence.properties:
+        cells = [property_name(name).title]
+        for split in evidence.splits:
+            found = lead(evidence, info.name, split, name, kinds=kinds)
+            if found is None:
+                cells.append("-")
+                continue
+            rival, value, low, high = found
+            said = verdict(low, high)
+            counts[said] += 1
+            place = f"{property_name(name).title} ({split_name(split)}, against `{rival}`)"
+            if said == "worse":
+                losses.append(place)
+            elif said == "":
+                ties.append(place)
+            lead_text = with_interval(value, low, high)
+            cells.append(f"{lead_text} {said} than {rival}" if said else f"{lead_text} {rival}")
+        rows.append(cells)
+    if not sum(counts.values()):
+        return []
+    lines = [
+        f"{title}:",
+        markdown(rows, ["property", *(split_name(split) for split in evidence.splits)]),
+        f"Of {_count(sum(counts.values()), 'cell', 'cells')}, `{info.name}` is better in "
+        f"{counts['better']}, worse in {counts['worse']} and undecided in {counts['']}.",
+    ]
+    if losses:
+        lines.append(f"It **loses** on {enumerate_words(losses)}.")
+    if ties:
+        lines.append(f"No difference can be shown on {enumerate_words(ties)}.")
+    return lines
+
+
 def _other_views(evidence: Evidence) -> str:
     lines = [
         "## The same, without what inflates it",
@@ -288,8 +306,13 @@ def _other_views(evidence: Evidence) -> str:
         "networks at chance.",
     ]
     for subset, title in (("within_family", "Within family"), ("above_chance", "Above chance")):
-        table = score_table(evidence.scores, evidence.predictors, property=HEADLINE, subset=subset)
+        scores, first = evidence.scores, evidence.splits[0]
+        table = score_table(scores, evidence.predictors, property=HEADLINE, subset=subset)
         lines += [f"**{title}**, {property_name(HEADLINE).title}:", table]
+        table = score_table(
+            scores, evidence.predictors, columns="property", split=first, subset=subset
+        )
+        lines += [f"**{title}**, all properties, {split_name(first)}:", table]
     rows = []
     first = evidence.splits[0]
     measures = [m for m in METRIC_NAMES if m != "coverage"]
