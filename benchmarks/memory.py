@@ -1,0 +1,165 @@
+"""Peak memory of tokenizing and reading zoos of 1,000, 5,000 and 20,000 small networks.
+
+Random weights are written as token shards the way tokenize_zoo does, stack after stack, then
+streamed (`iter_tokens`) and read as WeightNet reads them (`read_networks`, token features). Each
+step runs in a process of its own; the peak is what it holds beyond a process that has imported
+the package. What keeps a number for each token must grow with the zoo; what passes networks
+through must not. The last line is the peak of tokenizing at the largest size over the smallest.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from weightnet.symmetry import PermutationSpec, trace
+from weightnet.symmetry.form import CanonicalForm
+from weightnet.tokens import (
+    iter_tokens,
+    read_networks,
+    spec_id,
+    token_features,
+    tokenize,
+    write_tokens,
+)
+from weightnet.zoo.architectures import build
+
+SIZES = (1_000, 5_000, 20_000)
+STACK = 16  # networks that are drawn together
+Shape = tuple[int, int]  # width, depth
+Step = Callable[[Path, int, int, Shape], None]
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="100, 200 and 400 networks.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    width: Annotated[int, typer.Option(help="Channels of the CNN.")] = 8,
+    depth: Annotated[int, typer.Option(help="Blocks of the CNN.")] = 2,
+) -> None:
+    """Print how memory grows with the number of networks."""
+    sizes = (100, 200, 400) if quick else SIZES
+    shape = width, depth
+    table = Table(title=f"peak memory, MB, and seconds: CNNs of width {width}, depth {depth}")
+    for header in ("networks", "shards", "tokenize", "stream", "read features"):
+        table.add_column(header, justify="right")
+    peaks = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for count in sizes:
+            folder = Path(temporary) / str(count)
+            found = [
+                apart(step, folder, count, seed, shape) for step in (write, stream, read_features)
+            ]
+            stored = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+            cells = [f"{peak:.0f} ({seconds:.1f} s)" for peak, seconds in found]
+            table.add_row(f"{count:,}", f"{stored:.1f} MB", *cells)
+            peaks.append(found[0][0])
+    Console(width=max(Console().width, 100)).print(table)
+    print(f"{peaks[-1] / max(peaks[0], 1):.2f}")
+
+
+def write(folder: Path, count: int, seed: int, shape: Shape) -> None:
+    """Draw networks stack by stack, and write their tokens."""
+    spec, module = architecture(shape)
+    name, form = spec_id(spec), CanonicalForm(order="sort", scale=True)
+    runs = [f"{number:016x}" for number in range(count)]
+    frame = pd.DataFrame({"run": runs, "family": "cnn", "task": "fashion", "width": 8.0})
+    frame["spec"], frame["diverged"] = name, False
+    frame["property.test_accuracy"] = 0.5
+    generator = torch.Generator().manual_seed(seed)
+
+    def tables() -> Iterator[tuple[str, pa.Table]]:
+        for first in range(0, count, STACK):
+            stacked = {
+                key: torch.randn(STACK, *tensor.shape, generator=generator)
+                for key, tensor in module.state_dict().items()
+            }
+            for place, run in enumerate(runs[first : first + STACK]):
+                state = {key: tensor[place] for key, tensor in stacked.items()}
+                yield run, tokenize(spec, form.apply(spec, state))
+
+    write_tokens(folder, frame, {name: spec}, tables())
+
+
+def stream(folder: Path, count: int, seed: int, shape: Shape) -> None:
+    """Look at every token once, in order."""
+    seen = sum(int((table.column("index").to_numpy() == 0).sum()) for table in iter_tokens(folder))
+    layers = shape[1] + 1
+    if seen != count * layers:
+        raise ValueError(f"{count * layers} layers must be streamed, however: {seen} were")
+
+
+def read_features(folder: Path, count: int, seed: int, shape: Shape) -> None:
+    """Read all networks and compute the features of their tokens."""
+    features = token_features(read_networks([folder]))
+    if len(features) != count or not np.isfinite(features.values).all():
+        raise ValueError(f"{count} networks must have features, however: {len(features)} do")
+
+
+def architecture(shape: Shape) -> tuple[PermutationSpec, torch.nn.Module]:
+    """A small CNN and its spec."""
+    module = build("cnn", width=shape[0], depth=shape[1])
+    return trace(module, torch.zeros(1, 1, 14, 14)), module
+
+
+def apart(
+    step: Step,
+    folder: Path,
+    count: int,
+    seed: int,
+    shape: Shape,
+) -> tuple[float, float]:
+    """The peak of memory of a step in a new process beyond its start, in MB, and its seconds."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=report, args=(theirs, step, folder, count, seed, shape))
+    process.start()
+    theirs.close()
+    try:
+        peak, seconds = ours.recv()
+    except EOFError:
+        raise SystemExit(f"{step.__name__} of {count} networks failed; see above") from None
+    finally:
+        process.join()
+    return peak, seconds
+
+
+def report(
+    pipe: Connection,
+    step: Step,
+    folder: Path,
+    count: int,
+    seed: int,
+    shape: Shape,
+) -> None:
+    """Run a step and send its peak of memory in MB and its seconds."""
+    torch.set_num_threads(1)
+    architecture(shape)  # what is loaded once is not counted
+    with suppress(OSError):  # where it is not allowed, an earlier peak counts
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is held now
+    before, start = memory("VmRSS"), time.perf_counter()
+    step(folder, count, seed, shape)
+    pipe.send((memory("VmHWM") - before, time.perf_counter() - start))
+
+
+def memory(field: str) -> float:
+    """A line of Linux' account of this process, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(f"{field}:"))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,307 @@
+"""Zoo training: stacks of networks against the same recipes trained one at a time.
+
+The rivals are the usual loop of plain PyTorch on tensors in memory, and the same with a
+DataLoader. All sides train the same recipes, drawn from the ranges of params.yaml, in one process
+with one thread, in turn; the rates and ratios are medians over the rounds. On more cores each side
+runs one process per core, so that the ratios stay.
+
+The operations are those of convolutions and linear layers, a backward pass counted as two forward
+ones; the machine's rate is that of large float32 matrix products, measured in each round. The last
+line is the smallest ratio to plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from weightnet.command import load_section, reported
+from weightnet.compute import default_device
+from weightnet.tasks import Task, load_task
+from weightnet.zoo.architectures import build
+from weightnet.zoo.recipes import FamilyConfig, RecipeConfig, sample_recipes
+from weightnet.zoo.training import (
+    MOMENTUM,
+    Recipe,
+    batch_order,
+    initialize,
+    shift,
+    shift_order,
+    train_stack,
+    training_subset,
+)
+
+Rival = Callable[[nn.Module, Recipe, Task, Tensor, torch.device], None]
+SIZE = 1024  # of the matrices whose product tells the machine's rate
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape of networks: family, task, batch size, the longest run's steps, arguments."""
+
+    family: str
+    task: str
+    batch: int
+    stack: int
+    steps: int
+    arguments: dict[str, Any]
+    wanted: float
+
+    @property
+    def title(self) -> str:
+        """The shape in words."""
+        size = load_task(self.task).size
+        return f"{self.family} {size} x {size}, width {self.arguments['width']:g}"
+
+
+def cases(width: int, depth: int) -> list[Case]:
+    """The shapes that are measured."""
+    cnn = {"width": width, "depth": depth}
+    small = {"stem": "small"}
+    return [
+        Case("cnn", "fashion", 64, 16, 160, cnn, 4),
+        Case("cnn", "digits", 64, 16, 240, cnn, 8),
+        Case("resnet18", "fashion", 64, 7, 24, {**small, "width": 0.125}, 3),
+        Case("mobilenet_v2", "fashion", 64, 7, 24, {**small, "width": 0.25}, 3),
+    ]
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="One short round.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the recipes.")] = 0,
+    rounds: Annotated[int, typer.Option(help="How often each side trains.")] = 3,
+    stack: Annotated[int, typer.Option(help="Networks in a stack [16; large families 7].")] = 0,
+    width: Annotated[int, typer.Option(help="Channels of the CNN.")] = 16,
+    depth: Annotated[int, typer.Option(help="Blocks of the CNN.")] = 3,
+    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 64,
+    only: Annotated[str, typer.Option(help="Only this family.")] = "",
+) -> None:
+    """Print networks per minute of stacks, of plain PyTorch and of a DataLoader loop."""
+    torch.set_num_threads(1)
+    device = default_device()
+    table = Table(title=f"networks a minute, {device.type}, one thread, batch {batch}")
+    table.add_column("networks", no_wrap=True)
+    for header in ("stack", "stacked", "plain", "DataLoader", "x plain", "x DataLoader"):
+        table.add_column(header, justify="right")
+    for header in ("GFLOP/s", "of product rate", "plain: of it"):
+        table.add_column(header, justify="right")
+    least = math.inf
+    with reported():
+        ranges = load_section(RecipeConfig, "generate_zoo", "ranges")
+        chosen = [case for case in cases(width, depth) if only in ("", case.family)]
+        if not chosen:
+            raise ValueError(f"--only must be a measured family, however: it is {only}")
+        for case in chosen:
+            count = (stack or case.stack) if not quick else 4
+            longest = max(4, case.steps // 10) if quick else case.steps
+            found = measure(case, ranges, seed, 1 if quick else rounds, count, longest, batch)
+            table.add_row(case.title, str(count), *found.cells(case.wanted))
+            least = min(least, found.ratio("plain"))
+    Console(width=max(Console().width, 150)).print(table)
+    print("in brackets: at least; the rivals' optimizers are torch.optim's, as they come")
+    print(f"{least:.2f}")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds of each side by round, the product rate by round, and what was trained."""
+
+    seconds: dict[str, list[float]]
+    product_rate: list[float]
+    networks: int
+    operations: float
+
+    def rate(self, side: str) -> float:
+        """Networks a minute."""
+        return 60 * self.networks / statistics.median(self.seconds[side])
+
+    def ratio(self, side: str) -> float:
+        """How many times faster stacks are."""
+        pairs = zip(self.seconds[side], self.seconds["stacked"], strict=True)
+        return statistics.median(rival / ours for rival, ours in pairs)
+
+    def share(self, side: str) -> float:
+        """The share of the product rate that a side reaches."""
+        pairs = zip(self.seconds[side], self.product_rate, strict=True)
+        return statistics.median(self.operations / seconds / rate for seconds, rate in pairs)
+
+    def cells(self, wanted: float) -> list[str]:
+        """The row of the table behind the title."""
+        rates = [f"{self.rate(side):.1f}" for side in ("stacked", "plain", "DataLoader")]
+        done = self.operations / statistics.median(self.seconds["stacked"]) / 1e9
+        return [
+            *rates,
+            f"{self.ratio('plain'):.2f} ({wanted:g})",
+            f"{self.ratio('DataLoader'):.2f}",
+            f"{done:.1f}",
+            f"{self.share('stacked'):.1%}",
+            f"{self.share('plain'):.1%}",
+        ]
+
+
+def measure(
+    case: Case, ranges: RecipeConfig, seed: int, rounds: int, stack: int, steps: int, batch: int
+) -> Measurement:
+    """Train one stack of recipes by every side in turn, after a warm-up of each."""
+    config = FamilyConfig(
+        runs=stack,
+        runs_per_shape=stack,
+        batch_size=[batch],
+        steps=[max(1, steps // 4), steps],
+        arguments={name: [value] for name, value in case.arguments.items()},
+        ranges={"tasks": [case.task], "seed": seed},
+    )
+    recipes = sample_recipes(case.family, config, ranges)
+    task, device = load_task(case.task), default_device()
+    images = task.normalize(task.train_images)  # the rivals need not do this for each run
+
+    def module() -> nn.Module:
+        return build(case.family, **json.loads(recipes["arguments"].iat[0]))
+
+    def stacked(count: int | None = None) -> None:
+        rows = recipes if count is None else recipes.head(2).assign(steps=count)
+        train_stack(module(), rows, task, str(device))
+
+    def each(
+        train: Rival,
+    ) -> Callable[..., None]:
+        def run(count: int | None = None) -> None:
+            rows = recipes if count is None else recipes.head(1).assign(steps=count)
+            for row in rows.to_dict("records"):
+                recipe = {str(key): value for key, value in row.items()}
+                train(module(), recipe, task, images, device)
+
+        return run
+
+    sides = {"stacked": stacked, "plain": each(train_plain), "DataLoader": each(train_loaded)}
+    for side in sides.values():
+        side(2)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    rates = []
+    for turn in range(rounds):
+        rates.append(product_rate(device))
+        names = list(sides)
+        for name in names[turn % 3 :] + names[: turn % 3]:
+            start = time.perf_counter()
+            sides[name]()
+            wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    per_image = forward_operations(module(), task)
+    total = 3.0 * per_image * batch * float(recipes["steps"].sum())
+    return Measurement(seconds, rates, len(recipes), total)
+
+
+def train_plain(
+    module: nn.Module, recipe: Recipe, task: Task, images: Tensor, device: torch.device
+) -> None:
+    """One run on tensors in memory: what train_stack computes for it."""
+    indices, labels = training_subset(recipe, task)
+    order = batch_order(recipe)
+    shifts = shift_order(recipe) if recipe["augmentation"] else None
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for step, positions in enumerate(order):
+            batch = images[indices[positions]]
+            if shifts is not None:
+                batch = shift(batch, shifts[step], recipe["augmentation"])
+            yield batch, labels[positions]
+
+    train_on(batches(), module, recipe, device)
+
+
+def train_loaded(
+    module: nn.Module, recipe: Recipe, task: Task, images: Tensor, device: torch.device
+) -> None:
+    """One run with a DataLoader that shuffles and collates, as most people write it."""
+    indices, labels = training_subset(recipe, task)
+    generator = torch.Generator().manual_seed(recipe["seed"])
+    loader = DataLoader(
+        TensorDataset(images[indices], labels),
+        batch_size=min(recipe["batch_size"], len(labels)),
+        shuffle=True,
+        drop_last=True,
+        generator=generator,
+    )
+    shifts = shift_order(recipe)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        stream = chain.from_iterable(repeat(loader))
+        for offsets, (batch, targets) in zip(shifts, stream, strict=False):
+            yield shift(batch, offsets[: len(batch)], recipe["augmentation"]), targets
+
+    train_on(batches(), module, recipe, device)
+
+
+def train_on(
+    batches: Iterator[tuple[Tensor, Tensor]],
+    module: nn.Module,
+    recipe: Recipe,
+    device: torch.device,
+) -> None:
+    """The loop that both rivals share: torch.optim under a cosine schedule, stopped at the first
+    loss that is not finite."""
+    initialize(module, recipe)
+    for layer in module.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = recipe["dropout"]
+    module.to(device).train()
+    rate, decay = recipe["learning_rate"], recipe["weight_decay"]
+    optimizer: torch.optim.Optimizer
+    if recipe["optimizer"] == "sgd":
+        optimizer = torch.optim.SGD(module.parameters(), rate, MOMENTUM, weight_decay=decay)
+    else:
+        optimizer = torch.optim.AdamW(module.parameters(), rate, weight_decay=decay)
+    for step, (images, labels) in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / recipe["steps"]))
+        loss = F.cross_entropy(module(images.to(device)), labels.to(device))
+        if not bool(torch.isfinite(loss)):
+            return
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+
+def forward_operations(module: nn.Module, task: Task) -> float:
+    """Multiplications and additions of convolutions and linear layers, for one image."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        module.eval()(task.normalize(task.train_images[:1]))
+    return float(counter.get_total_flops())
+
+
+def product_rate(device: torch.device) -> float:
+    """Operations a second of large float32 matrix products, the best of several."""
+    one, other = (torch.randn(SIZE, SIZE, device=device) for _ in range(2))
+    best = math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        one @ other
+        wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * SIZE**3 / best
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    typer.run(main)
