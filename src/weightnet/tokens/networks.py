@@ -174,7 +174,7 @@ class Stack:
     spec: PermutationSpec
     members: NDArray[np.int64]
 
-    @property
+    @functools.cached_property
     def layout(self) -> Layout:
         """The layout that they share."""
         return layout(self.spec)
@@ -210,4 +210,9 @@ class Stack:
     def _places(self) -> Iterator[tuple[TokenPart, int, Rows]]:
         for member in self.members:
             part, start, _ = self.networks._rows(int(member))
-            yield part, start, rows(self.spec, part.max_row)
+            yield part, start, self._order[part.max_row]
+
+    @functools.cached_property
+    def _order(self) -> dict[int, Rows]:
+        """The rows by ``max_row``: finding them hashes the whole spec, once a stack is enough."""
+        return {size: rows(self.spec, size) for size in {p.max_row for p in self.networks.parts}}
