@@ -9,7 +9,15 @@ import torch
 import typer
 from pydantic import Field
 
-from weightnet.command import expect_only, load_names, load_section, reported
+from weightnet.command import (
+    expect_only,
+    load_names,
+    load_section,
+    read_table,
+    reported,
+    writing,
+)
+from weightnet.durable import replace_file, sweep, write_text
 from weightnet.evaluation.invariance import audit
 from weightnet.evaluation.scores import Evaluation, ScoresConfig, summary
 from weightnet.evaluation.splits import SplitsConfig, sizes
@@ -49,7 +57,8 @@ def read_predictions(predictors: list[str], splits: list[str]) -> pd.DataFrame:
     for predictor in predictors:
         for split in splits:
             path = PREDICTIONS / f"{predictor}-{split}.parquet"
-            frames.append(pd.read_parquet(path).assign(predictor=predictor, split=split))
+            table = read_table(path, f"train_predictor@{predictor}-{split}")
+            frames.append(table.assign(predictor=predictor, split=split))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -86,54 +95,58 @@ def main() -> None:
         networks = read_networks([TOKENS / family for family in families])
         predictions = read_predictions(predictors, splits)
 
-        evaluation = Evaluation(predictions, networks.frame, config.scores)
-        scores = evaluation.scores()
-        ours = [name for name in predictors if PREDICTORS[name].kind == "ours"]
-        differences = evaluation.differences(ours)
-        seeds = sorted(predictions["seed"].unique())
+        with writing(METRICS):
+            sweep(METRICS)
+            evaluation = Evaluation(predictions, networks.frame, config.scores)
+            scores = evaluation.scores()
+            ours = [name for name in predictors if PREDICTORS[name].kind == "ours"]
+            differences = evaluation.differences(ours)
+            seeds = sorted(predictions["seed"].unique())
 
-        audited = sample(networks, config.audit.networks_per_family)
-        prober = Prober(load_section(ProbesConfig, "tokenize_zoo", "probes"), ZOO)
-        readers = [name for name in predictors if PREDICTORS[name].reads_weights]
-        changes = []
-        with Progress("invariance audit", len(readers), "predictors") as progress:
-            for name in readers:
-                fitted = Predictor.load(FITTED / f"{name}-{splits[0]}" / "seed0")
-                changes.append(
-                    audit(
-                        fitted,
-                        audited.select(fitted.accepts(audited)),
-                        split=splits[0],
-                        generator=torch_generator("audit", name),
-                        copies=config.audit.copies,
-                        canonicalize=form.apply,
-                        build=prober.networks if PREDICTORS[name].needs_forward else None,
+            audited = sample(networks, config.audit.networks_per_family)
+            prober = Prober(load_section(ProbesConfig, "tokenize_zoo", "probes"), ZOO)
+            readers = [name for name in predictors if PREDICTORS[name].reads_weights]
+            changes = []
+            with Progress("invariance audit", len(readers), "predictors") as progress:
+                for name in readers:
+                    fitted = Predictor.load(FITTED / f"{name}-{splits[0]}" / "seed0")
+                    changes.append(
+                        audit(
+                            fitted,
+                            audited.select(fitted.accepts(audited)),
+                            split=splits[0],
+                            generator=torch_generator("audit", name),
+                            copies=config.audit.copies,
+                            canonicalize=form.apply,
+                            build=prober.networks if PREDICTORS[name].needs_forward else None,
+                        )
                     )
-                )
-                progress.advance()
+                    progress.advance()
 
-        METRICS.mkdir(exist_ok=True)
-        write_table(scores, "scores.csv")
-        write_table(sizes(networks.frame, splits, seeds, divided), "splits.csv")
-        write_table(pd.concat(changes), "audit.csv")
-        write_table(differences, "differences.csv")
-        importance, agreement = pd.DataFrame(columns=IMPORTANCE), pd.DataFrame(columns=AGREEMENT)
-        if ours:
-            first, *others = (
-                Predictor.load(FITTED / f"{ours[0]}-{splits[0]}" / f"seed{seed}")
-                for seed in seeds[:2]
+            importance, agreement = (
+                pd.DataFrame(columns=IMPORTANCE),
+                pd.DataFrame(columns=AGREEMENT),
             )
-            importance, agreement = interpret(first, audited, other=next(iter(others), None))
-        write_table(importance, "importance.csv")
-        write_table(agreement, "agreement.csv")
-        text = json.dumps(summary(scores), indent=1, sort_keys=True)
-        (METRICS / "summary.json").write_text(text + "\n")
+            if ours:
+                first, *others = (
+                    Predictor.load(FITTED / f"{ours[0]}-{splits[0]}" / f"seed{seed}")
+                    for seed in seeds[:2]
+                )
+                importance, agreement = interpret(first, audited, other=next(iter(others), None))
+            tables = {
+                "scores": scores,
+                "splits": sizes(networks.frame, splits, seeds, divided),
+                "audit": pd.concat(changes),
+                "differences": differences,
+                "importance": importance,
+                "agreement": agreement,
+            }
+            for name, table in tables.items():
+                with replace_file(METRICS / f"{name}.csv") as temporary:
+                    table.to_csv(temporary, index=False, float_format="%.6g")
+            text = json.dumps(summary(scores), indent=1, sort_keys=True)
+            write_text(METRICS / "summary.json", text + "\n")
         typer.echo(f"scored {len(predictors)} predictors on {len(splits)} splits: {METRICS}/")
-
-
-def write_table(table: pd.DataFrame, name: str) -> None:
-    """Write one table of metrics/, six digits."""
-    table.to_csv(METRICS / name, index=False, float_format="%.6g")
 
 
 if __name__ == "__main__":

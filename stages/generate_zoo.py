@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from pydantic import ConfigDict
 
-from weightnet.command import load_section, reported
+from weightnet.command import load_section, reported, writing
+from weightnet.durable import replace_file, sweep
 from weightnet.params import Params
 from weightnet.zoo.imported import ImportedConfig, read_recipes
 from weightnet.zoo.recipes import FamilyConfig, RecipeConfig, sample_recipes
@@ -37,8 +38,11 @@ def main(
         else:
             config = load_section(FamilyConfig, *section)
             recipes = sample_recipes(family, config, ranges)
-        RECIPES.mkdir(parents=True, exist_ok=True)
-        recipes.to_parquet(RECIPES / f"{family}.parquet", index=False)
+        path = RECIPES / f"{family}.parquet"
+        with writing(path):
+            sweep(path.parent, path.name)
+            with replace_file(path) as temporary:
+                recipes.to_parquet(temporary, index=False)
         typer.echo(f"{family}: {len(recipes)} recipes in {recipes['stack'].nunique()} stacks")
 
 

@@ -7,7 +7,15 @@ import pandas as pd
 import typer
 from matplotlib.figure import Figure
 
-from weightnet.command import expect_only, load_names, load_section, reported, require
+from weightnet.command import (
+    expect_only,
+    load_names,
+    load_section,
+    read_table,
+    reported,
+    writing,
+)
+from weightnet.durable import replace_file, sweep, write_text
 from weightnet.params import Params
 from weightnet.predictors import PREDICTORS
 from weightnet.report import figures
@@ -81,105 +89,113 @@ def main() -> None:
         expect_only(PREDICTIONS, pairs, "train_predictor")
         expect_only(CURVES, pairs, "train_predictor")
         networks = read_networks([TOKENS / family for family in families]).frame
-        scores = pd.read_csv(require(METRICS / "scores.csv", "evaluate"))
+        scores = read_table(METRICS / "scores.csv", "evaluate")
         unknown = sorted(set(config.properties) - set(scores["property"]))
         if unknown:
             raise ValueError(
                 f"params key plot.properties must name scored properties, however: it has "
                 f"{', '.join(unknown)}"
             )
-        audit = pd.read_csv(require(METRICS / "audit.csv", "evaluate"))
+        audit = read_table(METRICS / "audit.csv", "evaluate")
         predictions = pd.concat(
-            pd.read_parquet(PREDICTIONS / f"{name}-{split}.parquet").assign(
-                predictor=name, split=split
-            )
+            read_table(
+                PREDICTIONS / f"{name}-{split}.parquet", f"train_predictor@{name}-{split}"
+            ).assign(predictor=name, split=split)
             for name in predictors
             for split in splits
         )
         curves = read_curves(predictors, splits)
         infos = [describe(name) for name in predictors]
         ours = [info.name for info in infos if info.kind == "ours"]
-        pictures: list[Picture] = []
+        with writing(PLOTS):
+            sweep(PLOTS)
+            pictures: list[Picture] = []
 
-        def show(figure: Figure, kind: str, name: str = "", **of: str) -> None:
-            name = name or kind
-            figures.save(figure, PLOTS / f"{name}.png")
-            pictures.append(Picture(kind, f"../plots/{name}.png", **of))
+            def show(figure: Figure, kind: str, name: str = "", **of: str) -> None:
+                name = name or kind
+                figures.save(figure, PLOTS / f"{name}.png")
+                pictures.append(Picture(kind, f"../plots/{name}.png", **of))
 
-        PLOTS.mkdir(exist_ok=True)
-        show(figures.zoo_distributions(networks), "zoo_distributions")
-        show(figures.ceilings(networks, scores), "ceilings")
-        for of in config.properties:
-            tau = figures.tau_with_intervals(scores, infos, property=of)
-            show(tau, "tau_with_intervals", f"tau_{of}", property=of)
-            heat = figures.heatmap(scores, infos, property=of)
-            show(heat, "heatmap", f"heatmap_{of}", property=of)
-        for name in ours:
+            show(figures.zoo_distributions(networks), "zoo_distributions")
+            show(figures.ceilings(networks, scores), "ceilings")
+            for of in config.properties:
+                tau = figures.tau_with_intervals(scores, infos, property=of)
+                show(tau, "tau_with_intervals", f"tau_{of}", property=of)
+                heat = figures.heatmap(scores, infos, property=of)
+                show(heat, "heatmap", f"heatmap_{of}", property=of)
+            for name in ours:
+                for split in splits:
+                    figure = figures.predicted_against_measured(
+                        predictions, networks, predictor=name, split=split, scores=scores
+                    )
+                    label = f"predicted_{name}_{split}"
+                    show(figure, "predicted_against_measured", label, predictor=name, split=split)
             for split in splits:
-                figure = figures.predicted_against_measured(
-                    predictions, networks, predictor=name, split=split, scores=scores
+                of = config.properties[0]
+                figure = figures.error_by_family(
+                    predictions, networks, infos, property=of, split=split
                 )
-                label = f"predicted_{name}_{split}"
-                show(figure, "predicted_against_measured", label, predictor=name, split=split)
-        for split in splits:
-            of = config.properties[0]
-            figure = figures.error_by_family(
-                predictions, networks, infos, property=of, split=split
-            )
-            show(figure, "error_by_family", f"error_{split}", split=split, property=of)
-            show(
-                figures.training_curves(curves, split=split),
-                "training_curves",
-                f"curves_{split}",
-                split=split,
-            )
-        importance = pd.read_csv(require(METRICS / "importance.csv", "evaluate"))
-        agreement = pd.read_csv(require(METRICS / "agreement.csv", "evaluate"))
-        for of in importance["property"].unique():
-            figure = figures.importance(importance, agreement, property=of)
-            show(figure, "importance", f"importance_{of}", predictor=ours[0], property=of)
-        show(figures.invariance(audit, infos), "invariance")
+                show(figure, "error_by_family", f"error_{split}", split=split, property=of)
+                show(
+                    figures.training_curves(curves, split=split),
+                    "training_curves",
+                    f"curves_{split}",
+                    split=split,
+                )
+            importance = read_table(METRICS / "importance.csv", "evaluate")
+            agreement = read_table(METRICS / "agreement.csv", "evaluate")
+            for of in importance["property"].unique():
+                figure = figures.importance(importance, agreement, property=of)
+                show(figure, "importance", f"importance_{of}", predictor=ours[0], property=of)
+            show(figures.invariance(audit, infos), "invariance")
 
-        curves.to_csv(PLOTS / "curves.csv", index=False, float_format="%.6g")
-        shown = predictions[
-            (predictions["predictor"].isin(ours))
-            & (predictions["part"] == "test")
-            & (predictions["property"] == config.properties[0])
-        ]
-        columns = ["predictor", "split", "seed", "run", "measured", "predicted", "low", "high"]
-        shown[columns].to_csv(PLOTS / "predicted.csv", index=False, float_format="%.6g")
+            write_csv(curves, PLOTS / "curves.csv")
+            shown = predictions[
+                (predictions["predictor"].isin(ours))
+                & (predictions["part"] == "test")
+                & (predictions["property"] == config.properties[0])
+            ]
+            columns = ["predictor", "split", "seed", "run", "measured", "predicted", "low", "high"]
+            write_csv(shown[columns], PLOTS / "predicted.csv")
 
-        headline = scores[
-            (scores["metric"] == "tau")
-            & (scores["subset"] == "all")
-            & (scores["property"] == config.properties[0])
-        ]
-        label = headline["split"] + " " + headline["predictor"]
-        tau = pd.DataFrame({"predictor": label, "tau": headline["value"]})
-        tau.to_csv(PLOTS / "tau.csv", index=False, float_format="%.6g")
+            headline = scores[
+                (scores["metric"] == "tau")
+                & (scores["subset"] == "all")
+                & (scores["property"] == config.properties[0])
+            ]
+            label = headline["split"] + " " + headline["predictor"]
+            tau = pd.DataFrame({"predictor": label, "tau": headline["value"]})
+            write_csv(tau, PLOTS / "tau.csv")
 
-        evidence = Evidence(
-            networks=networks,
-            scores=scores,
-            predictors=arrange(predictors, infos),
-            differences=pd.read_csv(METRICS / "differences.csv"),
-            sizes=pd.read_csv(METRICS / "splits.csv"),
-            audit=audit,
-            agreement=agreement,
-            ablations=read_ablations(),
-            pictures=pictures,
-        )
-        if len(evidence.comparable_ablations):
-            show(
-                figures.ablations(evidence.comparable_ablations, properties=config.properties[:2]),
-                "ablations",
+            evidence = Evidence(
+                networks=networks,
+                scores=scores,
+                predictors=arrange(predictors, infos),
+                differences=read_table(METRICS / "differences.csv", "evaluate"),
+                sizes=read_table(METRICS / "splits.csv", "evaluate"),
+                audit=audit,
+                agreement=agreement,
+                ablations=read_ablations(),
+                pictures=pictures,
             )
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "results.md").write_text(write_report(evidence), encoding="utf-8")
-        if README.exists():
-            text = README.read_text(encoding="utf-8")
-            README.write_text(inject(text, headline_table(scores, infos)), encoding="utf-8")
+            if len(evidence.comparable_ablations):
+                show(
+                    figures.ablations(
+                        evidence.comparable_ablations, properties=config.properties[:2]
+                    ),
+                    "ablations",
+                )
+            write_text(RESULTS / "results.md", write_report(evidence))
+            if README.exists():
+                text = README.read_text(encoding="utf-8")
+                write_text(README, inject(text, headline_table(scores, infos)))
         typer.echo(f"{len(pictures)} figures in {PLOTS}/, report in {RESULTS}/results.md")
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    """Write one table beside the figures, six digits."""
+    with replace_file(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
 
 
 def describe(name: str) -> PredictorInfo:

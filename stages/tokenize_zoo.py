@@ -11,7 +11,8 @@ import torch
 import typer
 
 from weightnet.architecture import build_architecture
-from weightnet.command import load_section, reported, require
+from weightnet.command import load_section, read_table, reported, require, writing
+from weightnet.durable import expect_writable, sweep
 from weightnet.params import Params
 from weightnet.probing import ARCHITECTURE, Prober
 from weightnet.progress import Progress
@@ -36,7 +37,7 @@ class TokenizeConfig(Params):
 
 def describe(family: str) -> tuple[pd.DataFrame, dict[str, PermutationSpec]]:
     """One row a network as docs/SHARDS.md asks, and the spec of each architecture, traced."""
-    recipes = pd.read_parquet(require(RECIPES / f"{family}.parquet", f"generate_zoo@{family}"))
+    recipes = read_table(RECIPES / f"{family}.parquet", f"generate_zoo@{family}")
     if "architecture" not in recipes:
         recipes = recipes.assign(architecture=family)
     shapes = recipes["input"] if "input" in recipes else recipes["arguments"].map(image_shape)
@@ -100,7 +101,10 @@ def main(
                         yield run, tokenize(spec, state, config=config.tokens, responses=found)
                         progress.advance()
 
-        write_tokens(TOKENS / family, frame, specs, tables(), config=config.tokens)
+        with writing(TOKENS / family):
+            expect_writable(TOKENS)
+            sweep(TOKENS, family)
+            write_tokens(TOKENS / family, frame, specs, tables(), config=config.tokens)
         typer.echo(f"{family}: {len(frame)} networks of {len(specs)} architectures tokenized")
 
 

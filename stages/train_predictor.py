@@ -2,9 +2,8 @@
 
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from multiprocessing import get_context
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
 from typing import Annotated
@@ -16,8 +15,9 @@ import typer
 from dvclive.live import Live
 from pydantic import Field
 
-from weightnet.command import expect_only, load_names, load_section, reported
-from weightnet.compute import default_jobs
+from weightnet.command import expect_only, load_names, load_section, reported, writing
+from weightnet.compute import default_jobs, tell, worker_pool
+from weightnet.durable import expect_writable, replace_file, sweep
 from weightnet.evaluation.splits import SPLITS, SplitsConfig, assign
 from weightnet.params import Params
 from weightnet.predictors import Prediction, build, config_class
@@ -39,20 +39,26 @@ class TrainConfig(Params):
     splits: SplitsConfig
 
 
-def train_seed(
-    predictor: str,
-    split: str,
-    seed: int,
-    config: TrainConfig,
-    settings: Params,
-    tell: Callable[[str], object],
-) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Training:
+    """What is trained, on what, and how: params.yaml is read once, by `main`."""
+
+    predictor: str
+    split: str
+    families: list[str]
+    config: TrainConfig
+    settings: Params
+
+
+def train_seed(training: Training, seed: int, tell: Callable[[str], object]) -> pd.DataFrame:
     """Fit, save and predict for one seed; return validation and test predictions, long format.
 
-    ``tell`` is told of each epoch: it shows the progress, perhaps in another process.
+    ``tell`` is told of each epoch: it shows the progress, perhaps in another process. The
+    checkpoints stay until all seeds are done, so that a finished one is not fitted again.
     """
     torch.set_num_threads(1)
-    networks = read_networks([TOKENS / family for family in load_names("families")])
+    predictor, split, config = training.predictor, training.split, training.config
+    networks = read_networks([TOKENS / family for family in training.families])
     measured = [str(c)[9:] for c in networks.frame if str(c).startswith("property.")]
     unknown = sorted(set(config.properties) - set(measured))
     if unknown:
@@ -61,7 +67,7 @@ def train_seed(
             f"({', '.join(measured)}), however: it has {', '.join(unknown)}"
         )
     parts = assign(networks.frame, split, seed=seed, config=config.splits)
-    model = build(predictor, settings, config.properties, seed)
+    model = build(predictor, training.settings, config.properties, seed)
     accepted = model.accepts(networks)
     if not accepted[parts == "train"].any():
         raise ValueError(
@@ -89,7 +95,6 @@ def train_seed(
 
         model.fit(train, validation, log=log, checkpoint=checkpoint)
     model.save(PREDICTORS / where / f"seed{seed}")
-    shutil.rmtree(checkpoint, ignore_errors=True)
     test = networks.select((parts == "test").to_numpy())
     return pd.concat(
         [
@@ -99,29 +104,20 @@ def train_seed(
     ).assign(seed=seed)
 
 
-def train_seeds(
-    predictor: str, split: str, config: TrainConfig, settings: Params, bar: Progress
-) -> list[pd.DataFrame]:
+def train_seeds(training: Training, bar: Progress) -> list[pd.DataFrame]:
     """Train all seeds, in one single-threaded process each as far as there are cores."""
-    jobs = min(default_jobs(), config.seeds)
-    seeds = range(config.seeds)
+    seeds = range(training.config.seeds)
+    jobs = min(default_jobs(), len(seeds))
     if jobs == 1:
-        return [
-            train_seed(
-                predictor, split, seed, config, settings, lambda note: bar.advance(note=note)
-            )
-            for seed in seeds
-        ]
-    context = get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        told = manager.Queue()
-        futures = [
-            pool.submit(train_seed, predictor, split, seed, config, settings, told.put)
-            for seed in seeds
-        ]
+        return [train_seed(training, seed, lambda note: bar.advance(note=note)) for seed in seeds]
+    with worker_pool(jobs) as (pool, notes):
+        futures = [pool.submit(train_seed, training, seed, tell) for seed in seeds]
         while not all(future.done() for future in futures):
             with suppress(Empty):
-                bar.advance(note=told.get(timeout=0.2))
+                bar.advance(note=notes.get(timeout=0.2))
+            for future in futures:
+                if future.done():
+                    future.result()  # one that failed ends the others
         return [future.result() for future in futures]
 
 
@@ -156,15 +152,20 @@ def main(
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, however: {split=}")
         where = f"{predictor}-{split}"
         expect_only(TOKENS, load_names("families"), "tokenize_zoo")
-        shutil.rmtree(CURVES / where, ignore_errors=True)
+        training = Training(predictor, split, load_names("families"), config, settings)
         epochs = settings.fit.epochs * settings.fit.members if hasattr(settings, "fit") else 1
-        with Progress(f"train_predictor {where}", config.seeds * epochs, "steps") as bar:
-            predictions = pd.concat(train_seeds(predictor, split, config, settings, bar))
-            bar.finish()
-        PREDICTIONS.mkdir(parents=True, exist_ok=True)
-        temporary = PREDICTIONS / f".{where}.parquet"
-        predictions.to_parquet(temporary, index=False)
-        temporary.rename(PREDICTIONS / f"{where}.parquet")
+        with writing(PREDICTORS / where):
+            for folder in (PREDICTORS / where, PREDICTIONS, CHECKPOINTS / where):
+                expect_writable(folder)
+            sweep(PREDICTORS / where)
+            sweep(PREDICTIONS, f"{where}.parquet")
+            shutil.rmtree(CURVES / where, ignore_errors=True)
+            with Progress(f"train_predictor {where}", config.seeds * epochs, "steps") as bar:
+                predictions = pd.concat(train_seeds(training, bar))
+                bar.finish()
+            with replace_file(PREDICTIONS / f"{where}.parquet") as temporary:
+                predictions.to_parquet(temporary, index=False)
+        shutil.rmtree(CHECKPOINTS / where, ignore_errors=True)
         typer.echo(f"{where}: {config.seeds} seeds, {len(predictions)} predictions")
 
 

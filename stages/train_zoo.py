@@ -1,13 +1,23 @@
 """Train a family's networks and measure their properties: data/zoo/<family>/."""
 
+import errno
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import typer
 
-from weightnet.command import load_section, reported, require
+from weightnet.command import (
+    CONTINUE,
+    FAILURE,
+    load_section,
+    read_table,
+    reported,
+    writing,
+)
+from weightnet.durable import expect_writable, replace_folder, sweep
 from weightnet.progress import Progress
 from weightnet.zoo.imported import ADOPTED_CODE, CODE, STACKS
 from weightnet.zoo.properties import TrainingConfig
@@ -16,6 +26,8 @@ from weightnet.zoo.store import adopt, is_complete, prune, read_zoo
 
 RECIPES = Path("data/recipes")
 ZOO = Path("data/zoo")
+EVERYWHERE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+"""Faults of the disk, which every other stack would meet as well."""
 
 
 def main(
@@ -29,34 +41,51 @@ def main(
     """
     with reported():
         config = load_section(TrainingConfig, "train_zoo")
-        recipes = pd.read_parquet(require(RECIPES / f"{family}.parquet", f"generate_zoo@{family}"))
+        recipes = read_table(RECIPES / f"{family}.parquet", f"generate_zoo@{family}")
         folder = ZOO / family
-        folder.mkdir(parents=True, exist_ok=True)
-        if "source" in recipes:
-            adopt_imported(family, recipes, folder)
-            return
-        stacks = plan_stacks(recipes, config.properties, config.measure, folder)
-        missing = [stack for stack in stacks if not is_complete(stack.folder)]
-        failures = []
-        with Progress(
-            f"train_zoo {family}", sum(len(s.recipes) for s in missing), "networks"
-        ) as progress:
-            for stack, error in default_executor()(missing) if missing else ():
-                if error is not None:
-                    failures.append(f"stack {stack.folder.name}: {type(error).__name__}: {error}")
-                progress.advance(len(stack.recipes))
-        if failures:
-            typer.echo("\n".join(failures), err=True)
-            raise SystemExit(1)  # what was trained stays; the next run continues
-        pruned = prune(folder, {stack.folder.name for stack in stacks})
-        diverged = sum(
-            int((stored.networks["diverged_at"] >= 0).sum()) for stored in read_zoo(folder)
-        )
+        with writing(folder):
+            expect_writable(folder)
+            sweep(folder)
+            if "source" in recipes:
+                adopt_imported(family, recipes, folder)
+            else:
+                train(family, recipes, folder, config)
+
+
+def train(family: str, recipes: pd.DataFrame, folder: Path, config: TrainingConfig) -> None:
+    """Train the stacks that ``folder`` lacks or holds damaged, and remove those out of date."""
+    stacks = plan_stacks(recipes, config.properties, config.measure, folder)
+    missing = [stack for stack in stacks if not is_complete(stack.folder)]
+    for stack in missing:
+        if stack.folder.exists():
+            typer.echo(f"{stack.folder} is damaged: training it again", err=True)
+    failures = []
+    with (
+        Progress(f"train_zoo {family}", sum(len(s.recipes) for s in missing), "networks") as bar,
+        closing(default_executor()(missing)) as done,
+    ):
+        for stack, error in done if missing else ():
+            if isinstance(error, OSError) and error.errno in EVERYWHERE:
+                raise error
+            if error is not None:
+                failures.append(f"stack {stack.folder.name}: {type(error).__name__}: {error}")
+            bar.advance(len(stack.recipes))
+    if failures:
+        kept = len(stacks) - len(failures)
         typer.echo(
-            f"{family}: trained {len(missing)} stacks, reused {len(stacks) - len(missing)}, "
-            f"removed {len(pruned)} stale; "
-            f"{diverged} of {len(recipes)} runs diverged (kept and marked)"
+            "\n".join(failures)
+            + f"\nerror: every stack must be trained, however: {len(failures)} "
+            f"failed; the other {kept} are kept: {CONTINUE}",
+            err=True,
         )
+        raise SystemExit(FAILURE)
+    pruned = prune(folder, {stack.folder.name for stack in stacks})
+    diverged = sum(int((stored.networks["diverged_at"] >= 0).sum()) for stored in read_zoo(folder))
+    typer.echo(
+        f"{family}: trained {len(missing)} stacks, reused {len(stacks) - len(missing)}, "
+        f"removed {len(pruned)} stale; "
+        f"{diverged} of {len(recipes)} runs diverged (kept and marked)"
+    )
 
 
 def adopt_imported(family: str, recipes: pd.DataFrame, folder: Path) -> None:
@@ -66,8 +95,8 @@ def adopt_imported(family: str, recipes: pd.DataFrame, folder: Path) -> None:
     copied, kept = adopt(source / STACKS, folder, names)
     pruned = prune(folder, {*names, ADOPTED_CODE})
     if (source / CODE).is_dir():
-        shutil.rmtree(folder / ADOPTED_CODE, ignore_errors=True)
-        shutil.copytree(source / CODE, folder / ADOPTED_CODE)
+        with replace_folder(folder / ADOPTED_CODE) as temporary:
+            shutil.copytree(source / CODE, temporary, dirs_exist_ok=True)
     typer.echo(
         f"{family}: copied {copied} imported stacks, reused {kept}, removed {len(pruned)} stale; "
         f"{len(recipes)} networks"

@@ -21,6 +21,7 @@ from typing import Any
 import pandas as pd
 
 from weightnet.command import PARAMS_FILE, load_names, load_section, require
+from weightnet.durable import replace_file
 from weightnet.params import read_params
 
 SECTIONS = ("tokenize_zoo", "train_predictor")
@@ -202,10 +203,8 @@ def collect(split: str) -> pd.DataFrame:
             require(base, f"train_predictor@{one.against}-{split}")
             bases.setdefault(one.against, pd.read_parquet(base))
     table = compare(found, bases, networks, config, split)
-    TABLE.parent.mkdir(exist_ok=True)
-    temporary = TABLE.with_name(f".{TABLE.name}")
-    table.to_csv(temporary, index=False, float_format="%.6g")
-    temporary.rename(TABLE)
+    with replace_file(TABLE) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
     return table
 
 

@@ -1,32 +1,147 @@
-"""What every command shares: its section of params.yaml, and errors without tracebacks."""
+"""What every command shares: its section of params.yaml, its inputs and its outputs, and errors
+without tracebacks."""
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
+from weightnet.lock import sole_writer
 from weightnet.params import Model, parse, read_params
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 PARAMS_FILE = Path("params.yaml")
-USAGE_ERROR = 2
+FAILURE, USAGE_ERROR = 1, 2
+CONTINUE = "run the same command again to continue"
+ORPHAN_SECONDS = 1.0  # between two looks at whether DVC still lives
+
+_seen: dict[tuple[str, ...], object] = {}  # what the command has read of params.yaml
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turn an error of the caller's (ValueError) into one message on standard error and exit code
-    2."""
+    """Turn an error into one message on standard error, and an exit code: 2 if it is the caller's
+    (ValueError), 130 or 143 after SIGINT or SIGTERM, else 1.
+
+    With WEIGHTNET_TRACEBACK=1 an error that nobody foresaw shows where it arose.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _seen.clear()
+    try:
+        with _signals():
+            yield
+    except ValueError as error:
+        _stop(str(error), USAGE_ERROR)
+    except KeyboardInterrupt as error:
+        print(f"interrupted; {CONTINUE}", file=sys.stderr)
+        raise SystemExit(143 if isinstance(error, Terminated) else 130) from None
+    except OSError as error:
+        _stop(describe_fault(error), FAILURE)
+    except BrokenProcessPool:
+        _stop(
+            "worker processes must live until they have finished, however: one was killed, "
+            "perhaps for want of memory; set WEIGHTNET_JOBS=1 if so; what was finished is kept: "
+            f"{CONTINUE}",
+            FAILURE,
+        )
+    except MemoryError:
+        _stop(
+            "memory must suffice, however: it did not; set WEIGHTNET_JOBS=1, or use a larger "
+            f"machine, and {CONTINUE}",
+            FAILURE,
+        )
+    except Exception as error:
+        if os.environ.get("WEIGHTNET_TRACEBACK") == "1":
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        _stop(
+            f"the command must finish, however: {type(error).__name__}: {error} "
+            f"({Path(frame.filename).name}, line {frame.lineno}); if its inputs are whole, this "
+            "is a fault of the program: WEIGHTNET_TRACEBACK=1 shows where",
+            FAILURE,
+        )
+
+
+def describe_fault(error: OSError) -> str:
+    """An error of the operating system as requirement, fact and remedy."""
+    place = error.filename or "the output"
+    fact = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{place} must have room on its disk, however: {fact}; free some, and {CONTINUE}"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return (
+            f"{place} must be readable and writable, however: {fact}; make it so, and {CONTINUE}"
+        )
+    return f"{place} must be usable, however: {fact}; mend that, and {CONTINUE}"
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Be the only process that writes ``output``, from params that stay as they were read.
+
+    Raises:
+        ValueError: if another process writes it; or, at the end, if params.yaml says something
+        else than at the start. DVC would take the result for one of the new params.
+    """
+    with sole_writer(output):
+        yield
+        for path, value in _seen.items():
+            if _look_up(*path) != value:
+                raise ValueError(
+                    f"params key {'.'.join(path)} must stay as it is while a stage runs, however: "
+                    "it has changed; run `dvc repro` again"
+                )
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Raise `Terminated` on SIGTERM; and if DVC started the command, end when DVC does, so that
+    its next run finds nobody at work."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(*_: object) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    ended = threading.Event()
+    if "DVC_STAGE" in os.environ:
+        parent = os.getppid()
+
+        def watch() -> None:
+            while not ended.wait(ORPHAN_SECONDS):
+                if os.getppid() != parent:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+
+        threading.Thread(target=watch, daemon=True).start()
     try:
         yield
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(USAGE_ERROR) from None
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        raise SystemExit(130) from None
+    finally:
+        ended.set()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 def load_section(model: type[Model], *path: str) -> Model:
@@ -35,6 +150,12 @@ def load_section(model: type[Model], *path: str) -> Model:
     Raises:
         ValueError: if the section is missing or wrong.
     """
+    data = _look_up(*path)
+    _seen[path] = data
+    return parse(model, data, ".".join(path))
+
+
+def _look_up(*path: str) -> object:
     data: object = read_params(PARAMS_FILE)
     for depth, key in enumerate(path):
         where = ".".join(path[: depth + 1])
@@ -44,7 +165,7 @@ def load_section(model: type[Model], *path: str) -> Model:
                 f"params key {where} is required, however: it is missing (there are: {known})"
             )
         data = data[key]
-    return parse(model, data, ".".join(path))
+    return data
 
 
 def require(path: Path, stage: str) -> Path:
@@ -58,6 +179,30 @@ def require(path: Path, stage: str) -> Path:
     return path
 
 
+def read_table(path: Path, stage: str) -> pd.DataFrame:
+    """Read the .parquet or .csv that ``stage`` made.
+
+    Raises:
+        ValueError: if it is missing or broken.
+    """
+    import pandas as pd
+
+    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
+        ".parquet": pd.read_parquet,
+        ".csv": pd.read_csv,
+    }
+    try:
+        return readers[path.suffix](require(path, stage))
+    except (OSError, ValueError) as error:
+        if not path.exists():
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} must be a whole {path.suffix} file, however: {reason}; remove it and run "
+            f"`dvc repro {stage}`"
+        ) from None
+
+
 def load_names(key: str) -> list[str]:
     """Load one of the matrix lists of params.yaml: families, predictors or splits.
 
@@ -65,6 +210,7 @@ def load_names(key: str) -> list[str]:
         ValueError: if it is missing, empty, repeats a name, or is not a list of names.
     """
     names = read_params(PARAMS_FILE).get(key)
+    _seen[(key,)] = names
     if (
         not isinstance(names, list)
         or not names

@@ -1,8 +1,16 @@
-"""Where and how widely to compute: settled by the environment, never by params."""
+"""Where and how widely to compute: settled by the environment, never by params; and the worker
+processes, none of which outlives its work."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.queues import Queue
 
 import torch
 
@@ -42,3 +50,59 @@ def default_jobs() -> int:
             )
         return int(text)
     return len(os.sched_getaffinity(0)) if default_device().type == "cpu" else 1
+
+
+_notes: Queue[str] | None = None  # of a worker process
+
+
+@contextmanager
+def worker_pool(jobs: int) -> Iterator[tuple[ProcessPoolExecutor, Queue[str]]]:
+    """Yield single-threaded worker processes, and the queue of what they `tell`.
+
+    They end with the block, at once if it fails, and with this process, even if it is killed.
+    Ctrl-C, which a terminal sends to all processes, is left to this one.
+    """
+    context = multiprocessing.get_context("spawn")
+    notes: Queue[str] = context.Queue()
+    pool = ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_start_worker, initargs=(notes,)
+    )
+    try:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
+        try:
+            for _ in range(jobs):
+                pool.submit(int)  # a process is started for each
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield pool, notes
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def tell(note: str) -> None:
+    """Send a note from a worker process to the one that started it."""
+    if _notes is not None:
+        _notes.put(note)
+
+
+def _start_worker(notes: Queue[str]) -> None:
+    global _notes
+    _notes = notes
+    _end_with_parent()
+    torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """Watch the process that started this one, and end when it does: nobody else would."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

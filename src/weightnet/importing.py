@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,6 +30,7 @@ from torch import nn
 
 from weightnet.architecture import build_architecture, importable, input_shape, trace_module
 from weightnet.checkpoint import read_state
+from weightnet.durable import replace_file, replace_folder
 from weightnet.progress import Progress
 from weightnet.symmetry import PermutationSpec
 from weightnet.tokens import tokenize
@@ -147,34 +147,24 @@ def write_zoo(zoo: CheckedZoo, name: str, target: Path) -> str:
         ValueError: if ``target`` holds something else, or a file has changed since the check.
     """
     check_target(zoo.folder, name, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
-        partial.mkdir()
-        sources = _sources(zoo)
-        for relative, content in sources.items():
-            (partial / CODE / relative).parent.mkdir(parents=True, exist_ok=True)
-            (partial / CODE / relative).write_bytes(content)
-        code = hashlib.sha256(repr(sorted(sources.items())).encode()).hexdigest()
-        recipes = _recipes(zoo, name, target, code)
-        for key, rows in recipes.groupby("stack", sort=False):
-            _write_stack(zoo, partial / STACKS / str(key), rows)
-        columns = [
-            c for c in recipes if not c.startswith("property.") and c not in ("file", "weights")
-        ]
-        digest = write_manifest(partial, recipes[columns])
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        return digest
+        with replace_folder(target) as partial:
+            sources = _sources(zoo)
+            for relative, content in sources.items():
+                (partial / CODE / relative).parent.mkdir(parents=True, exist_ok=True)
+                (partial / CODE / relative).write_bytes(content)
+            code = hashlib.sha256(repr(sorted(sources.items())).encode()).hexdigest()
+            recipes = _recipes(zoo, name, target, code)
+            for key, rows in recipes.groupby("stack", sort=False):
+                _write_stack(zoo, partial / STACKS / str(key), rows)
+            columns = [
+                c
+                for c in recipes
+                if not c.startswith("property.") and c not in ("file", "weights")
+            ]
+            return write_manifest(partial, recipes[columns])
     except OSError as error:
-        if old.exists() and not target.exists():
-            old.rename(target)
         raise ValueError(f"{target} must be writable, however: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def check_target(folder: Path, name: str, target: Path) -> None:
@@ -220,10 +210,9 @@ def add_family(params: Path, name: str, target: Path, digest: str) -> None:
     with suppress(YAMLError):  # one line leaves the layout of all others, which a dump would not
         if yaml.load("".join(lines)) == data:
             text = "".join(lines)
-    partial = params.with_name(f".{params.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.chmod(params.stat().st_mode)
-    partial.replace(params)
+    with replace_file(params) as partial:
+        partial.write_text(text, encoding="utf-8")
+        partial.chmod(params.stat().st_mode)
 
 
 def check_family(params: Path, name: str) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pandas as pd
 
+from weightnet.durable import replace_folder
 from weightnet.estimator import PREPARATION, WeightNet, find_predictor
 from weightnet.params import read_params
-from weightnet.predictors.interface import replace_folder, write_json
+from weightnet.predictors.interface import write_json
 from weightnet.predictors.learned import ModulePredictor
 from weightnet.predictors.novelty import LEVEL
 

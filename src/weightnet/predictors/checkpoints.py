@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from weightnet.durable import replace_file
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -52,18 +57,18 @@ def save_checkpoint(
         "step": state.step,
         "history": state.history,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
     # cloned: tied parameters share memory, which the format does not allow
     copies = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    temporary.write_bytes(save(copies, metadata={"fit": json.dumps(described)}))
-    os.replace(temporary, path)
+    metadata = {"fit": json.dumps({**described, "digest": _digest(described, copies)})}
+    with replace_file(path) as temporary:
+        temporary.write_bytes(save(copies, metadata=metadata))
 
 
 def read_checkpoint(
     path: Path, mark: str, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> FitState | None:
-    """Load the checkpoint into module and optimizer; None if there is none, or another fit's."""
+    """Load the checkpoint into module and optimizer; None if there is none, or another fit's, or
+    a damaged one, which is said."""
     from safetensors import SafetensorError, safe_open
 
     device = next(module.parameters()).device
@@ -72,12 +77,18 @@ def read_checkpoint(
     try:
         with safe_open(path, framework="pt") as file:
             described: dict[str, Any] = json.loads(file.metadata()["fit"])
-            if described.pop("mark") != mark:
-                return None
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                group, name = key.split(".", 1)
-                groups[group][name] = file.get_tensor(key)
-    except (OSError, SafetensorError):
+            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        if described.pop("digest", "") != _digest(described, found):
+            raise ValueError("its content does not have its digest")
+        if described.pop("mark") != mark:
+            return None
+        for key, tensor in found.items():
+            group, name = key.split(".", 1)
+            groups[group][name] = tensor
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        LOG.warning("%s is damaged (%s): this fit starts anew", path, error)
         return None
     module.load_state_dict(groups["module"])
     moments: dict[int, dict[str, Tensor]] = {}
@@ -90,3 +101,12 @@ def read_checkpoint(
         average={name: value.to(device) for name, value in groups["average"].items()},
         best={name: value.to(device) for name, value in groups["best"].items()},
     )
+
+
+def _digest(described: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Of everything in a checkpoint: safetensors itself would not notice a changed bit."""
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

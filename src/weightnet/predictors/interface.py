@@ -11,12 +11,8 @@ predictions are given for all networks.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from weightnet.durable import replace_folder
 from weightnet.params import Params
 from weightnet.predictors.calibration import LEVEL, conformal_factors
 from weightnet.predictors.scaling import Array, Standardizer
@@ -168,10 +165,13 @@ class Predictor(ABC):
         )
         if not isinstance(loaded, cls):
             raise ValueError(f"{folder} must hold a {cls.__name__}, however: name={loaded.name}")
-        arrays = read_arrays(folder / "calibration.safetensors")
-        loaded._targets = Standardizer(arrays["center"], arrays["scale"], _LIMIT)
-        loaded._factors = arrays["factors"]
-        loaded._read(folder)
+        try:
+            arrays = read_arrays(folder / "calibration.safetensors")
+            loaded._targets = Standardizer(arrays["center"], arrays["scale"], _LIMIT)
+            loaded._factors = arrays["factors"]
+            loaded._read(folder)
+        except Exception as error:  # each predictor's own files, broken in whatever way
+            raise ValueError(_damaged(folder, error)) from None
         return loaded
 
     @abstractmethod
@@ -238,34 +238,24 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = folder / "predictor.json"
     if not path.is_file():
         raise ValueError(f"{folder} must hold a saved predictor, however: {path} does not exist")
-    described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        described: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(_damaged(folder, error)) from None
     if described.get("format") != FORMAT:
         raise ValueError(
             f"{path} must have format {FORMAT}, however: format={described.get('format')}; "
             f"train it again"
         )
+    missing = {"name", "properties", "seed", "config"} - set(described)
+    if missing:
+        raise ValueError(_damaged(folder, f"{path.name} lacks {', '.join(sorted(missing))}"))
     return described
 
 
-@contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty sibling of ``folder`` that takes its place when the block succeeds."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        new, old = temporary / "new", temporary / "old"
-        new.mkdir()  # unlike mkdtemp's folder, with the permissions of the user's umask
-        yield new
-        if folder.exists():
-            os.rename(folder, old)
-        try:
-            os.rename(new, folder)
-        except OSError:
-            if old.exists():
-                os.rename(old, folder)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _damaged(folder: Path, fact: object) -> str:
+    reason = fact if isinstance(fact, str) else f"{type(fact).__name__}: {fact}"
+    return f"{folder} must hold a whole predictor, however: {reason}; train it again"
 
 
 def write_json(path: Path, data: object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -96,12 +97,15 @@ def _read_table(path: Path, name: str) -> pa.Table:
         return file.read().replace_schema_metadata(None)
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
+@contextmanager
+def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a file for a block that reads it; whatever is broken in it is a ValueError there."""
     try:
-        return pq.ParquetFile(path, memory_map=True)
+        with pq.ParquetFile(path, memory_map=True) as file:
+            yield file
     except FileNotFoundError:
         raise ValueError(f"{path} must exist, however: no such file; {REMEDY}") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} must be a Parquet file, however: {error}; {REMEDY}") from None
 
 

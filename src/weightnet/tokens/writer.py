@@ -6,8 +6,6 @@ bytes. docs/SHARDS.md documents the schema.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from weightnet.durable import replace_folder
 from weightnet.symmetry.spec import PermutationSpec
 from weightnet.tokens.layout import rows, spec_id
 from weightnet.tokens.schema import MAX_ROW, metadata
@@ -47,11 +46,7 @@ def write_tokens(
     config = config or TokensConfig()
     frame = _check_networks(networks, specs)
     directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.parent / f".{directory.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with replace_folder(directory) as partial:
         spill = _Spill(partial / "arrived")
         with spill:
             _set_down(spill, frame, specs, tables, config)
@@ -60,10 +55,6 @@ def write_tokens(
         used = sorted(set(frame["spec"]))
         listed = pa.table({"spec": used, "json": [specs[name].to_json() for name in used]})
         _write_table(partial / "specs.parquet", listed, "specs", config)
-        _replace(partial, directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _set_down(
@@ -155,7 +146,6 @@ def _write_shards(directory: Path, runs: list[str], spill: _Spill, config: Token
             if writer is not None:
                 _flush(writer, waiting, config.row_group_rows, last=True)
                 writer.close()
-                _sync(path)
             path = directory / f"tokens-{number // config.networks_per_shard:05d}.parquet"
             writer = pq.ParquetWriter(path, schema, **_parquet_options(schema, config))
             waiting = []
@@ -165,7 +155,6 @@ def _write_shards(directory: Path, runs: list[str], spill: _Spill, config: Token
     if writer is not None:
         _flush(writer, waiting, config.row_group_rows, last=True)
         writer.close()
-        _sync(path)
 
 
 def _flush(
@@ -199,7 +188,6 @@ def _parquet_options(schema: pa.Schema, config: TokensConfig) -> dict[str, Any]:
 def _write_table(path: Path, table: pa.Table, name: str, config: TokensConfig) -> None:
     table = table.replace_schema_metadata(metadata(name))
     pq.write_table(table, path, compression="zstd", compression_level=config.compression_level)
-    _sync(path)
 
 
 def _networks_table(frame: pd.DataFrame) -> pa.Table:
@@ -251,23 +239,3 @@ def _check_element(schema: pa.Schema, config: TokensConfig) -> None:
             f"tokens must be made with dtype={config.dtype}, however: they are {found}; "
             "pass the same config to tokenize"
         )
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace(partial: Path, directory: Path) -> None:
-    """Put a finished folder in the place of the old one."""
-    _sync(partial)
-    old = directory.parent / f".{directory.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    _sync(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)

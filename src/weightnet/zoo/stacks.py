@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from weightnet.compute import default_device, default_jobs
+from weightnet.compute import default_device, default_jobs, worker_pool
 from weightnet.tasks import load_task
 from weightnet.zoo import properties as properties_module
 from weightnet.zoo import training as training_module
@@ -73,12 +73,13 @@ def plan_stacks(
     return stacks
 
 
-Executor = Callable[[list[Stack]], Iterator[tuple[Stack, Exception | None]]]
+Results = Generator[tuple[Stack, Exception | None], None, None]
+Executor = Callable[[list[Stack]], Results]
 """Runs stacks anywhere, in any order, and yields each as it is done, with its error if it failed.
 A cluster engine plugs in by one more entry in EXECUTORS."""
 
 
-def run_local(stacks: list[Stack]) -> Iterator[tuple[Stack, Exception | None]]:
+def run_local(stacks: list[Stack]) -> Results:
     """Run stacks in one single-threaded process per core (environment variable WEIGHTNET_JOBS
     overrides).
 
@@ -88,27 +89,31 @@ def run_local(stacks: list[Stack]) -> Iterator[tuple[Stack, Exception | None]]:
     if jobs == 1:
         yield from _run_here(stacks)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_single_threaded) as pool:
-        futures = {pool.submit(stack.train): stack for stack in stacks}
+    with worker_pool(jobs) as (pool, _):
+        futures = {pool.submit(_train_here, stack): stack for stack in stacks}
         for future in as_completed(futures):
             error = future.exception()
-            if error is not None and not isinstance(error, Exception):
-                raise error
+            if isinstance(error, BrokenProcessPool) or not isinstance(error, Exception | None):
+                raise error  # it is not the stack's
             yield futures[future], error
 
 
-def _run_here(stacks: list[Stack]) -> Iterator[tuple[Stack, Exception | None]]:
+def _run_here(stacks: list[Stack]) -> Results:
+    for stack in stacks:
+        try:
+            _train_here(stack)
+        except Exception as error:
+            yield stack, error
+        else:
+            yield stack, None
+
+
+def _train_here(stack: Stack) -> None:
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    _single_threaded()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
     try:
-        for stack in stacks:
-            try:
-                stack.train()
-            except Exception as error:
-                yield stack, error
-            else:
-                yield stack, None
+        stack.train()
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(strict)
@@ -125,8 +130,3 @@ def default_executor() -> Executor:
             f"WEIGHTNET_EXECUTOR must be one of {', '.join(EXECUTORS)}, however: {name!r}"
         )
     return EXECUTORS[name]
-
-
-def _single_threaded() -> None:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)

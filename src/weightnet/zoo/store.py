@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from weightnet.durable import replace_folder
 from weightnet.zoo.stacked import State
 
 _FILES = ("weights.safetensors", "networks.parquet")
@@ -42,19 +42,12 @@ class StoredStack:
 
 def write_stack(folder: Path, networks: pd.DataFrame, states: list[State]) -> None:
     """Write a stack to ``folder``, atomically; an older one is replaced."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     stacked = {n: torch.stack([state[n] for state in states]).contiguous() for n in states[0]}
-    (temporary / _FILES[0]).write_bytes(save(stacked))
-    networks.to_parquet(temporary / _FILES[1], index=False)
-    manifest = {name: _checksum(temporary / name) for name in _FILES}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, sort_keys=True))
-    for path in [*temporary.iterdir(), temporary]:
-        _synchronize(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    _synchronize(folder.parent)
+    with replace_folder(folder) as temporary:
+        (temporary / _FILES[0]).write_bytes(save(stacked))
+        networks.to_parquet(temporary / _FILES[1], index=False)
+        manifest = {name: _checksum(temporary / name) for name in _FILES}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, sort_keys=True))
 
 
 def is_complete(folder: Path) -> bool:
@@ -117,21 +110,10 @@ def adopt(source: Path, folder: Path, names: list[str]) -> tuple[int, int]:
                 f"{source / name} must be a whole stack, however: it is missing or damaged; "
                 "import the zoo again with `weightnet import`"
             )
-        temporary = folder / f".{name}.{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source / name, temporary)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        temporary.rename(folder / name)
+        with replace_folder(folder / name) as temporary:
+            shutil.copytree(source / name, temporary, dirs_exist_ok=True)
     return len(missing), len(names) - len(missing)
 
 
 def _checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _synchronize(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ people; markers and hatches tell the same things apart in black and white.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -19,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from weightnet.durable import replace_file
 from weightnet.report.names import PROPERTIES
 from weightnet.report.tables import number
 
@@ -113,13 +113,8 @@ def looks(names: Iterable[str]) -> dict[str, tuple[str, str, str]]:
 @styled
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG: the same bytes for the same figure, and never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replace_file(path) as partial:
         figure.savefig(partial, format="png", dpi=DPI, metadata={"Software": None})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def empty(title: str, why: str) -> Figure:
