@@ -1,6 +1,7 @@
 # make repro   the whole pipeline at the scale of params.yaml: data, metrics, plots, report
 # make test    all tests            make lint    ruff and mypy
 # make smoke   the whole pipeline at a tiny scale, in a clone: DIR=path (default: a fresh folder)
+# make torture   kills each stage at 20 random moments and compares bytes (long)
 # make bench   every benchmark, quickly
 # make reference   after repro: make the trained WeightNet the one that the package ships
 #
@@ -10,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := repro
-.PHONY: repro test smoke lint bench reference
+.PHONY: repro test smoke lint torture bench reference
 
 activate := . .venv/bin/activate
 code := $(wildcard src stages tests benchmarks)
@@ -23,6 +24,9 @@ test: .venv/ready
 
 lint: .venv/ready
 	$(activate) && ruff check $(code) && ruff format --check $(code) && mypy src stages
+
+torture: .venv/ready
+	$(activate) && dir=$$(mktemp -d) && python tests/killing.py "$$dir" --moments 20
 
 bench: .venv/ready
 	$(activate) && for benchmark in benchmarks/*.py; do \
