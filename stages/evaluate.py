@@ -10,6 +10,7 @@ import typer
 from pydantic import Field
 
 from weightnet.command import (
+    conclude,
     expect_only,
     load_names,
     load_section,
@@ -146,7 +147,11 @@ def main() -> None:
                     table.to_csv(temporary, index=False, float_format="%.6g")
             text = json.dumps(summary(scores), indent=1, sort_keys=True)
             write_text(METRICS / "summary.json", text + "\n")
-        typer.echo(f"scored {len(predictors)} predictors on {len(splits)} splits: {METRICS}/")
+        conclude(
+            "evaluate",
+            done=f"{len(scores)} scores of {len(predictors)} predictors on {len(splits)} splits",
+            bad=f"{networks.frame['diverged'].sum()} diverged networks (kept)",
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from pydantic import ConfigDict
 
-from weightnet.command import load_section, reported, writing
+from weightnet.command import conclude, load_section, reported, writing
 from weightnet.durable import replace_file, sweep
 from weightnet.params import Params
 from weightnet.zoo.imported import ImportedConfig, read_recipes
@@ -43,7 +43,8 @@ def main(
             sweep(path.parent, path.name)
             with replace_file(path) as temporary:
                 recipes.to_parquet(temporary, index=False)
-        typer.echo(f"{family}: {len(recipes)} recipes in {recipes['stack'].nunique()} stacks")
+        stacks = recipes["stack"].nunique()
+        conclude(f"generate_zoo {family}", done=f"{len(recipes)} recipes in {stacks} stacks")
 
 
 if __name__ == "__main__":

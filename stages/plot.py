@@ -8,6 +8,7 @@ import typer
 from matplotlib.figure import Figure
 
 from weightnet.command import (
+    conclude,
     expect_only,
     load_names,
     load_section,
@@ -189,7 +190,8 @@ def main() -> None:
             if README.exists():
                 text = README.read_text(encoding="utf-8")
                 write_text(README, inject(text, headline_table(scores, infos)))
-        typer.echo(f"{len(pictures)} figures in {PLOTS}/, report in {RESULTS}/results.md")
+        absent = "none" if len(evidence.comparable_ablations) else "ablations (none has run)"
+        conclude("plot", done=f"{len(pictures)} figures and the report", skipped=absent)
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:

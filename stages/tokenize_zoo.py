@@ -11,7 +11,14 @@ import torch
 import typer
 
 from weightnet.architecture import build_architecture
-from weightnet.command import load_section, read_table, reported, require, writing
+from weightnet.command import (
+    conclude,
+    load_section,
+    read_table,
+    reported,
+    require,
+    writing,
+)
 from weightnet.durable import expect_writable, sweep
 from weightnet.params import Params
 from weightnet.probing import ARCHITECTURE, Prober
@@ -105,7 +112,11 @@ def main(
             expect_writable(TOKENS)
             sweep(TOKENS, family)
             write_tokens(TOKENS / family, frame, specs, tables(), config=config.tokens)
-        typer.echo(f"{family}: {len(frame)} networks of {len(specs)} architectures tokenized")
+        conclude(
+            f"tokenize_zoo {family}",
+            done=f"{len(frame)} networks of {len(specs)} architectures",
+            bad=f"{frame['diverged'].sum()} diverged networks (kept)",
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,14 @@ import typer
 from dvclive.live import Live
 from pydantic import Field
 
-from weightnet.command import expect_only, load_names, load_section, reported, writing
+from weightnet.command import (
+    conclude,
+    expect_only,
+    load_names,
+    load_section,
+    reported,
+    writing,
+)
 from weightnet.compute import default_jobs, tell, worker_pool
 from weightnet.durable import expect_writable, replace_file, sweep
 from weightnet.evaluation.splits import SPLITS, SplitsConfig, assign
@@ -50,7 +57,16 @@ class Training:
     settings: Params
 
 
-def train_seed(training: Training, seed: int, tell: Callable[[str], object]) -> pd.DataFrame:
+class Trained(NamedTuple):
+    """Of one seed: its predictions, and how many networks were left out, or diverged in training
+    and so have properties missing."""
+
+    predictions: pd.DataFrame
+    refused: int
+    diverged: int
+
+
+def train_seed(training: Training, seed: int, tell: Callable[[str], object]) -> Trained:
     """Fit, save and predict for one seed; return validation and test predictions, long format.
 
     ``tell`` is told of each epoch: it shows the progress, perhaps in another process. The
@@ -96,15 +112,17 @@ def train_seed(training: Training, seed: int, tell: Callable[[str], object]) -> 
         model.fit(train, validation, log=log, checkpoint=checkpoint)
     model.save(PREDICTORS / where / f"seed{seed}")
     test = networks.select((parts == "test").to_numpy())
-    return pd.concat(
+    predictions = pd.concat(
         [
             predict(model.predict(validation), validation, "validation"),
             predict(model.predict(test), test, "test"),
         ]
     ).assign(seed=seed)
+    diverged = int(networks.frame["diverged"].sum())
+    return Trained(predictions, int((~accepted).sum()), diverged)
 
 
-def train_seeds(training: Training, bar: Progress) -> list[pd.DataFrame]:
+def train_seeds(training: Training, bar: Progress) -> list[Trained]:
     """Train all seeds, in one single-threaded process each as far as there are cores."""
     seeds = range(training.config.seeds)
     jobs = min(default_jobs(), len(seeds))
@@ -160,13 +178,21 @@ def main(
             sweep(PREDICTORS / where)
             sweep(PREDICTIONS, f"{where}.parquet")
             shutil.rmtree(CURVES / where, ignore_errors=True)
+            begun = sum(1 for seed in (CHECKPOINTS / where).glob("seed*") if any(seed.iterdir()))
             with Progress(f"train_predictor {where}", config.seeds * epochs, "steps") as bar:
-                predictions = pd.concat(train_seeds(training, bar))
+                trained = train_seeds(training, bar)
                 bar.finish()
+            predictions = pd.concat(one.predictions for one in trained)
             with replace_file(PREDICTIONS / f"{where}.parquet") as temporary:
                 predictions.to_parquet(temporary, index=False)
         shutil.rmtree(CHECKPOINTS / where, ignore_errors=True)
-        typer.echo(f"{where}: {config.seeds} seeds, {len(predictions)} predictions")
+        conclude(
+            f"train_predictor {where}",
+            done=f"{config.seeds} seeds, {len(predictions)} predictions",
+            reused=f"checkpoints of {begun} seeds",
+            skipped=f"{trained[0].refused} networks that {predictor} does not accept",
+            bad=f"{trained[0].diverged} diverged networks (kept)",
+        )
 
 
 if __name__ == "__main__":

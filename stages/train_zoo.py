@@ -12,6 +12,7 @@ import typer
 from weightnet.command import (
     CONTINUE,
     FAILURE,
+    conclude,
     load_section,
     read_table,
     reported,
@@ -81,10 +82,12 @@ def train(family: str, recipes: pd.DataFrame, folder: Path, config: TrainingConf
         raise SystemExit(FAILURE)
     pruned = prune(folder, {stack.folder.name for stack in stacks})
     diverged = sum(int((stored.networks["diverged_at"] >= 0).sum()) for stored in read_zoo(folder))
-    typer.echo(
-        f"{family}: trained {len(missing)} stacks, reused {len(stacks) - len(missing)}, "
-        f"removed {len(pruned)} stale; "
-        f"{diverged} of {len(recipes)} runs diverged (kept and marked)"
+    conclude(
+        f"train_zoo {family}",
+        done=f"{len(missing)} stacks",
+        reused=f"{len(stacks) - len(missing)} stacks",
+        skipped=f"{len(pruned)} stale stacks (removed)",
+        bad=f"{diverged} of {len(recipes)} runs, which diverged (kept)",
     )
 
 
@@ -97,9 +100,11 @@ def adopt_imported(family: str, recipes: pd.DataFrame, folder: Path) -> None:
     if (source / CODE).is_dir():
         with replace_folder(folder / ADOPTED_CODE) as temporary:
             shutil.copytree(source / CODE, temporary, dirs_exist_ok=True)
-    typer.echo(
-        f"{family}: copied {copied} imported stacks, reused {kept}, removed {len(pruned)} stale; "
-        f"{len(recipes)} networks"
+    conclude(
+        f"train_zoo {family}",
+        done=f"{copied} imported stacks",
+        reused=f"{kept} stacks",
+        skipped=f"{len(pruned)} stale stacks (removed)",
     )
 
 

@@ -342,7 +342,7 @@ def test_an_imported_zoo_goes_through_the_pipeline(
     for name in ("generate_zoo", "train_zoo", "tokenize_zoo"):
         stage(name, "mine")
     stage("train_zoo", "mine")  # again: reuses all
-    assert "reused 2" in capsys.readouterr().out
+    assert "reused 2 stacks" in capsys.readouterr().out
 
     networks = read_networks([Path("data/tokens/mine")])
     frame = networks.frame.set_index("run")

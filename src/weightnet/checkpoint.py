@@ -7,7 +7,6 @@ anything is unpacked, and every tensor against its module before it is converted
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import zipfile
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from weightnet.durable import replace_file
 from weightnet.symmetry import State
 
 PYTORCH = (".pt", ".pth", ".bin", ".ckpt")
@@ -339,7 +339,6 @@ def write_checkpoint(path: Path, state: State) -> None:
         raise CheckpointError(f"a checkpoint is written as {SAFETENSORS}, however: {path}")
     if path.is_dir() or not path.parent.is_dir():
         raise CheckpointError(f"{path} must be a file in an existing folder, however: it is not")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     seen: set[int] = set()
     own: dict[str, torch.Tensor] = {}
     for key, tensor in state.items():  # a tensor under two keys is written twice
@@ -347,12 +346,10 @@ def write_checkpoint(path: Path, state: State) -> None:
         own[key] = tensor.clone() if shared else tensor.contiguous()
         seen.add(own[key].untyped_storage().data_ptr())
     try:
-        partial.touch()
-        mode = partial.stat().st_mode  # of the user's umask: save_file makes files private
-        save_file(own, partial)
-        partial.chmod(mode)
-        os.replace(partial, path)
+        with replace_file(path) as partial:
+            partial.touch()
+            mode = partial.stat().st_mode  # of the user's umask: save_file makes files private
+            save_file(own, partial)
+            partial.chmod(mode)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} must be writable, however: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)

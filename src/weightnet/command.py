@@ -78,6 +78,13 @@ def reported() -> Iterator[None]:
         )
 
 
+def conclude(
+    title: str, *, done: str, reused: str = "none", skipped: str = "none", bad: str = "none"
+) -> None:
+    """Print the last line of a stage: what was done, reused, skipped and marked bad."""
+    print(f"{title}: done {done}; reused {reused}; skipped {skipped}; marked bad {bad}")
+
+
 def describe_fault(error: OSError) -> str:
     """An error of the operating system as requirement, fact and remedy."""
     place = error.filename or "the output"
