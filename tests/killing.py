@@ -2,8 +2,8 @@
 
     python tests/killing.py DIR [--moments 20] [--seed 0] [--stages train_zoo evaluate ...]
 
-`make torture` does so, and tests/test_interruption.py a little of it. What has to hold after each
-kill (SIGINT, SIGTERM, SIGKILL in turn): no process of the stage is alive; the next run finishes,
+`make torture` does so, and kills `dvc repro` as often; tests/test_interruption.py does a little
+of it. What has to hold after each kill (SIGINT, SIGTERM, SIGKILL in turn): no process of the stage is alive; the next run finishes,
 keeps every stack that was whole, leaves no temporary file and no lock, and ends in the bytes of an
 undisturbed run; and nobody was shown a traceback.
 """
@@ -13,15 +13,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import itertools
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -60,17 +64,25 @@ STAGES = (
 )
 
 
-def tiny(root: Path = ROOT) -> dict[str, Any]:
-    """The params of the smoke scale, of one family and three predictors with two seeds."""
-    place = root / "tests" / "smoke.py"
-    specification = importlib.util.spec_from_file_location("weightnet_smoke", place)
+def load(path: Path, name: str) -> ModuleType:
+    """Import a file that is in no package."""
+    specification = importlib.util.spec_from_file_location(name, path)
     assert specification is not None
     assert specification.loader is not None
-    smoke = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(smoke)
-    params: dict[str, Any] = smoke.read(root / "params.yaml")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
+
+
+smoke = load(ROOT / "tests" / "smoke.py", "weightnet_smoke_of_killing")
+
+
+def tiny(predictors: Sequence[str] = PREDICTORS) -> dict[str, Any]:
+    """The params of the smoke scale, of one family and few predictors with two seeds."""
+    params: dict[str, Any] = smoke.read(ROOT / "params.yaml")
     smoke.shrink(params)
-    params.update(families=["cnn"], predictors=list(PREDICTORS), splits=["iid"])
+    params.update(families=["cnn"], predictors=list(predictors), splits=["iid"])
     params["generate_zoo"]["families"]["cnn"]["runs_per_shape"] = 3
     params["generate_zoo"]["ranges"]["tasks"] = ["digits"]
     params["train_predictor"]["common"]["seeds"] = 2
@@ -81,19 +93,30 @@ def tiny(root: Path = ROOT) -> dict[str, Any]:
     return params
 
 
-def start(folder: Path, stage: Stage, jobs: int) -> subprocess.Popen[str]:
-    """Start a stage in ``folder``, in a session of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "WEIGHTNET_JOBS": str(jobs)}
-    environment.update(OMP_NUM_THREADS="1", WEIGHTNET_DEVICE="cpu")
+def launch(folder: Path, command: Sequence[str], **variables: str) -> subprocess.Popen[str]:
+    """Start a command in ``folder``, in a session of its own."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "WEIGHTNET_DEVICE": "cpu"}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "stages" / f"{stage.name}.py"), *stage.arguments],
+        command,
         cwd=folder,
-        env=environment,
+        env={**environment, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+def command(stage: Stage) -> list[str]:
+    """What runs a stage of this working tree."""
+    return [sys.executable, str(ROOT / "stages" / f"{stage.name}.py"), *stage.arguments]
+
+
+def start(folder: Path, stage: Stage, jobs: int, **variables: str) -> subprocess.Popen[str]:
+    """Start a stage in ``folder``."""
+    variables = {"PYTHONPATH": str(ROOT / "src"), "WEIGHTNET_JOBS": str(jobs), **variables}
+    return launch(folder, command(stage), **variables)
 
 
 def finish(folder: Path, stage: Stage, jobs: int = 2) -> str:
@@ -186,38 +209,88 @@ def kill_and_repeat(
     assert not leftovers(folder), leftovers(folder)
 
 
+def torture_stage(folder: Path, stage: Stage, moments: int, chance: random.Random) -> int:
+    """Run a stage, and kill it at random moments; return how often something did not hold."""
+    began = time.monotonic()
+    finish(folder, stage)
+    duration = time.monotonic() - began
+    expected = content(folder, stage)
+    failures = 0
+    for how in itertools.islice(itertools.cycle(SIGNALS), moments):
+        seconds, fact = chance.uniform(0, duration), "the same bytes"
+        try:
+            kill_and_repeat(folder, stage, expected, seconds, how)
+        except AssertionError as error:
+            failures += 1
+            fact = f"FAILED: {error}"
+        label = " ".join([stage.name, *stage.arguments])
+        print(f"{label}: {how.name} after {seconds:.1f} of {duration:.1f} s: {fact}", flush=True)
+    return failures
+
+
+def torture_dvc(folder: Path, moments: int, chance: random.Random) -> int:
+    """Kill `dvc repro` itself again and again until it has finished, from nothing each time, and
+    compare all outputs and dvc.lock; return how often something did not hold."""
+    smoke.make_repository(ROOT, folder, tiny(("weightnet", "family_mean")))
+    names = ("data", "metrics", "plots", "results", "dvc.lock")
+    everything = Stage("dvc repro", (), names)
+    repro = [sys.executable, "-m", "dvc", "repro"]
+
+    def compared() -> dict[str, str]:
+        found = content(folder, everything)
+        return {name: digest for name, digest in found.items() if name != smoke.WRITTEN}
+
+    process = launch(folder, repro, WEIGHTNET_JOBS="2")
+    said, errors = process.communicate()
+    assert process.returncode == 0, said + errors
+    expected, failures, count = compared(), 0, 0
+    while count < moments:
+        for name in (*names, ".dvc/cache", ".dvc/tmp"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "dvc.lock").unlink()
+        while True:
+            process = launch(folder, repro, WEIGHTNET_JOBS="2")
+            how, seconds = SIGNALS[count % len(SIGNALS)], chance.uniform(1, 15)
+            try:
+                said, errors = process.communicate(timeout=seconds if count < moments else None)
+                break
+            except subprocess.TimeoutExpired:
+                count += 1
+            if how == signal.SIGINT:  # as from a terminal: to all
+                os.killpg(process.pid, how)
+            else:
+                process.send_signal(how)
+            said, errors = process.communicate()
+            expect_alone(process.pid)
+            stage = re.findall(r"^Running stage '(.*)'", said, flags=re.MULTILINE)[-1:]
+            print(f"dvc repro: {how.name} after {seconds:.1f} s, in {stage}", flush=True)
+        same, left = compared() == expected, leftovers(folder)
+        if process.returncode or not same or left:
+            failures += 1
+            print(f"FAILED: exit {process.returncode}, {same=}, {left=}: {said}{errors}")
+        else:
+            print("dvc repro: the same bytes", flush=True)
+    return failures
+
+
 def main() -> None:
-    """Kill every stage."""
+    """Kill every stage, then dvc."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--moments", type=int, default=20, help="kills of each stage")
+    parser.add_argument("--moments", type=int, default=20, help="kills of each stage, and of dvc")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stages", nargs="*", default=sorted({stage.name for stage in STAGES}))
+    choices = [*dict.fromkeys(stage.name for stage in STAGES), "dvc"]
+    parser.add_argument("--stages", nargs="*", choices=choices, default=choices)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    from ruamel.yaml import YAML
-
-    with (options.folder / "params.yaml").open("w", encoding="utf-8") as file:
-        YAML(typ="safe", pure=True).dump(tiny(), file)
-    chance = random.Random(options.seed)
-    failures = 0
-    for stage in STAGES:
-        began = time.monotonic()
-        finish(options.folder, stage)
-        duration = time.monotonic() - began
-        expected = content(options.folder, stage)
-        for moment in range(options.moments if stage.name in options.stages else 0):
-            seconds, how = chance.uniform(0, duration), SIGNALS[moment % len(SIGNALS)]
-            label = " ".join([stage.name, *stage.arguments])
-            try:
-                kill_and_repeat(options.folder, stage, expected, seconds, how)
-                fact = "the same bytes"
-            except AssertionError as error:
-                failures += 1
-                fact = f"FAILED: {error}"
-            print(
-                f"{label}: {how.name} after {seconds:.1f} of {duration:.1f} s: {fact}", flush=True
-            )
+    smoke.write(options.folder / "params.yaml", tiny())
+    chance, failures = random.Random(options.seed), 0
+    if set(options.stages) - {"dvc"}:
+        for stage in STAGES:
+            moments = options.moments if stage.name in options.stages else 0
+            failures += torture_stage(options.folder, stage, moments, chance)
+    if "dvc" in options.stages:
+        failures += torture_dvc(options.folder / "repository", options.moments, chance)
     print(f"{failures} failures")
     sys.exit(bool(failures))
 

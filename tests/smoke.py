@@ -6,12 +6,16 @@ tests/test_pipeline.py to that of a temporary repository. It is idempotent.
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
+OUTPUTS = ("data", "metrics", "plots", "results")
+WRITTEN = "metrics/ablations.csv"  # by `weightnet ablate`, not by a stage
 FIT = {"epochs": 2, "patience": 2}
 TREES = {"candidates": 1, "rounds": 5, "patience": 2}
 
@@ -53,6 +57,26 @@ def write(path: Path, params: dict[str, Any]) -> None:
     """Write a params.yaml."""
     with path.open("w", encoding="utf-8") as file:
         YAML(typ="safe", pure=True).dump(params, file)
+
+
+def make_repository(root: Path, folder: Path, params: dict[str, Any]) -> None:
+    """Commit the files of the working tree ``root``, without results and with other params, in a
+    repository of their own."""
+
+    def git(where: Path, *words: str) -> str:
+        who = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+        done = subprocess.run(("git", *who, *words), cwd=where, check=True, capture_output=True)
+        return done.stdout.decode()
+
+    for name in filter(None, git(root, "ls-files", "-co", "--exclude-standard", "-z").split("\0")):
+        made = name.split("/")[0] in (*OUTPUTS, "dvc.lock") and name != WRITTEN
+        if not made and (root / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, folder / name)
+    write(folder / "params.yaml", params)
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message=test")
 
 
 if __name__ == "__main__":

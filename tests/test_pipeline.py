@@ -36,8 +36,7 @@ smoke = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(smoke)
 
 FAMILIES, PREDICTORS, SPLITS = ["cnn", "resnet18"], ["weightnet", "gbm", "family_mean"], ["iid"]
-OUTPUTS = ("data", "metrics", "plots", "results")
-WRITTEN = "metrics/ablations.csv"  # by `weightnet ablate`, not by a stage
+OUTPUTS, WRITTEN = smoke.OUTPUTS, smoke.WRITTEN
 
 
 def shell(folder: Path, *command: str, **environment: str) -> str:
@@ -60,22 +59,12 @@ def repro(folder: Path, **environment: str) -> list[str]:
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of the working tree's files with tiny params, two families, run once."""
     folder = tmp_path_factory.mktemp("pipeline") / "weightnet"
-    listed = shell(ROOT, "git", "ls-files", "-co", "--exclude-standard", "-z").split("\0")
-    for name in filter(None, listed):
-        made = name.split("/")[0] in (*OUTPUTS, "dvc.lock") and name != WRITTEN
-        if not made and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    params = smoke.read(folder / "params.yaml")
+    params = smoke.read(ROOT / "params.yaml")
     smoke.shrink(params)
     params.update(families=FAMILIES, predictors=PREDICTORS, splits=SPLITS)
     params["generate_zoo"]["ranges"]["tasks"] = ["fashion"]
     params["train_predictor"]["common"]["splits"]["held_out_families"] = ["resnet18"]
-    smoke.write(folder / "params.yaml", params)
-    shell(folder, "git", "init", "--quiet")
-    shell(folder, "git", "add", "--all")
-    who = ("-c", "user.name=test", "-c", "user.email=test@example.org")
-    shell(folder, "git", *who, "commit", "--quiet", "--message=test")
+    smoke.make_repository(ROOT, folder, params)
     ran = repro(folder, WEIGHTNET_JOBS="1")
     assert sorted(ran) == sorted(everything())
     return folder
