@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from weightnet.zoo import stacked
 from weightnet.zoo.architectures import FAMILIES, build
 from weightnet.zoo.stacked import StackedModule
 
@@ -121,6 +122,24 @@ def test_dropout_keeps_the_expectation_at_each_model_probability(shape: tuple[in
     for values, p in zip(models, layer.probability.tolist(), strict=True):
         assert abs(float((values == 0).double().mean()) - p) < 0.02
         assert abs(float(values.mean()) - 1) < 0.05
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(6)])
+def test_pooling_before_relu_changes_no_bit(
+    pool: nn.MaxPool2d, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), pool, nn.Conv2d(4, 2, 3, padding=1))
+    results = []
+    for swap in (True, False):
+        if not swap:
+            monkeypatch.setattr(stacked, "_pool_before_relu", lambda module: None)
+        stack = StackedModule(module, MODELS)
+        joined = [isinstance(layer, stacked.PooledReLU) for layer in stack.modules()]
+        assert any(joined) is swap
+        stack.load([module.state_dict()] * MODELS)
+        y = stack(images().float())
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(stack.parameters()))])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_what_cannot_be_stacked_is_named() -> None:
