@@ -1,7 +1,7 @@
 # make repro   the whole pipeline at the scale of params.yaml: data, metrics, plots, report
 # make test    all tests            make lint    ruff and mypy
 # make smoke   the whole pipeline at a tiny scale, in a clone: DIR=path (default: a fresh folder)
-# make torture   kills each stage at 20 random moments and compares bytes (long)
+# make torture   kills each stage and dvc at 20 random moments, compares bytes, queues (hours)
 # make bench   every benchmark, quickly
 # make reference   after repro: make the trained WeightNet the one that the package ships
 #
@@ -14,10 +14,13 @@ SHELL := /bin/bash
 .PHONY: repro test smoke lint torture bench reference
 
 activate := . .venv/bin/activate
+# a dvc that is killed while it writes its list of locks leaves a list that dvc itself cannot read
+locks := .dvc/tmp/rwlock
+mend := { [ ! -e $(locks) ] || python -m json.tool $(locks) >/dev/null 2>&1 || rm -f $(locks); }
 code := $(wildcard src stages tests benchmarks)
 
 repro: .venv/ready
-	$(activate) && dvc repro
+	$(activate) && $(mend) && dvc repro
 
 test: .venv/ready
 	$(activate) && pytest

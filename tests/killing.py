@@ -3,9 +3,9 @@
     python tests/killing.py DIR [--moments 20] [--seed 0] [--stages train_zoo evaluate ...]
 
 `make torture` does so, and kills `dvc repro` as often; tests/test_interruption.py does a little
-of it. What has to hold after each kill (SIGINT, SIGTERM, SIGKILL in turn): no process of the stage is alive; the next run finishes,
-keeps every stack that was whole, leaves no temporary file and no lock, and ends in the bytes of an
-undisturbed run; and nobody was shown a traceback.
+of it. What has to hold after each kill (SIGINT, SIGTERM, SIGKILL in turn): no process of the stage
+is alive; the next run finishes, keeps every stack that was whole, leaves no temporary file and no
+lock, and ends in the bytes of an undisturbed run; and nobody was shown a traceback.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import importlib.util
 import itertools
+import json
 import os
 import random
 import re
@@ -228,6 +229,17 @@ def torture_stage(folder: Path, stage: Stage, moments: int, chance: random.Rando
     return failures
 
 
+def mend(folder: Path) -> None:
+    """Remove DVC's list of locks if it was killed while it wrote it, as `make repro` does."""
+    locks = folder / ".dvc/tmp/rwlock"
+    if locks.exists():
+        try:
+            json.loads(locks.read_text())
+        except ValueError:
+            print("dvc repro: its own list of locks was cut off", flush=True)
+            locks.unlink()
+
+
 def torture_dvc(folder: Path, moments: int, chance: random.Random) -> int:
     """Kill `dvc repro` itself again and again until it has finished, from nothing each time, and
     compare all outputs and dvc.lock; return how often something did not hold."""
@@ -248,7 +260,9 @@ def torture_dvc(folder: Path, moments: int, chance: random.Random) -> int:
         for name in (*names, ".dvc/cache", ".dvc/tmp"):
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / "dvc.lock").unlink()
+        subprocess.run(["git", "checkout", "--", smoke.WRITTEN], cwd=folder, check=True)
         while True:
+            mend(folder)
             process = launch(folder, repro, WEIGHTNET_JOBS="2")
             how, seconds = SIGNALS[count % len(SIGNALS)], chance.uniform(1, 15)
             try:
@@ -273,8 +287,50 @@ def torture_dvc(folder: Path, moments: int, chance: random.Random) -> int:
     return failures
 
 
+def check_queue(folder: Path) -> int:
+    """Queue two experiments from a dirty tree where `dvc repro` has run, change the tree, and run
+    them side by side; return how often something did not hold."""
+    dvc = [sys.executable, "-m", "dvc"]
+    script = folder / "stages/train_predictor.py"
+
+    def run(*command: str) -> str:
+        said, errors = (process := launch(folder, command)).communicate()
+        assert process.returncode == 0, said + errors
+        return said
+
+    def seen() -> dict[str, str]:
+        names = ("data", "metrics", "plots", "results", "stages", "dvc.lock", "params.yaml")
+        return {**content(folder, Stage("queue", (), names)), "status": run("git", "status", "-s")}
+
+    run("git", "add", "--all")
+    run("git", "-c", "user.name=test", "-c", "user.email=a@b.c", "commit", "-qm", "run")
+    original = script.read_text()
+    script.write_text(original.replace("seeds, {len", "SNAPSHOT seeds, {len"))
+    for name, rate in (("one", 0.002), ("two", 0.003)):
+        change = f"train_predictor.weightnet.fit.learning_rate={rate}"
+        run(*dvc, "exp", "run", "--queue", "--name", name, "--set-param", change)
+    script.write_text(original.replace("seeds, {len", "LIVE seeds, {len"))
+    before, failures = seen(), 0
+    run(*dvc, "queue", "start", "--jobs", "2")
+    deadline = time.monotonic() + 600
+    while re.search("Queued|Running", run(*dvc, "queue", "status")):
+        assert time.monotonic() < deadline, "the queue did not finish"
+        time.sleep(3)
+    for name in ("one", "two"):
+        log = run(*dvc, "queue", "logs", name)
+        facts = {
+            "ran the snapshot's code": "SNAPSHOT seeds" in log and "LIVE seeds" not in log,
+            "shared upstream results": "Running stage 'tokenize_zoo" not in log,
+        }
+        failures += list(facts.values()).count(False)
+        print(f"queued experiment {name}: {facts}", flush=True)
+    same = seen() == before
+    print(f"queue: the workspace is as it was: {same}", flush=True)
+    return failures + (not same)
+
+
 def main() -> None:
-    """Kill every stage, then dvc."""
+    """Kill every stage, then dvc; then queue experiments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--moments", type=int, default=20, help="kills of each stage, and of dvc")
@@ -291,6 +347,7 @@ def main() -> None:
             failures += torture_stage(options.folder, stage, moments, chance)
     if "dvc" in options.stages:
         failures += torture_dvc(options.folder / "repository", options.moments, chance)
+        failures += check_queue(options.folder / "repository")
     print(f"{failures} failures")
     sys.exit(bool(failures))
 

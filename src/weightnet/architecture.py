@@ -51,7 +51,7 @@ def build_architecture(
     build = _builder(name, path)
     try:
         with importable(path), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torchvision's, on initial weights
+            warnings.simplefilter("ignore")  # of initial weights, which nobody sees
             try:
                 with torch.device("meta"):
                     module = build(**(arguments or {}))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -112,21 +113,28 @@ def fit_state(found: State, module: nn.Module, notes: list[str]) -> dict[str, to
             if key.endswith(_COUNTER):
                 state[key] = tensor.to(torch.int64)
             continue
-        if tensor.is_complex():
-            raise CheckpointError(f"weights must be real numbers, however: {key} is complex")
+        check_real({key: tensor})
         if tensor.dtype not in (torch.float32, torch.float64):
             converted.add(str(tensor.dtype).removeprefix("torch."))
             tensor = tensor.to(device="cpu", dtype=torch.float32)
-        bad = int(tensor.numel() - torch.isfinite(tensor).sum())
+        state[key] = tensor.detach().cpu().contiguous()
+    if converted:
+        notes.append(f"read {' and '.join(sorted(converted))} weights as float32")
+    return state
+
+
+def check_real(state: State) -> None:
+    """Raise CheckpointError, naming the first, if weights are complex, NaN or infinite."""
+    for key, tensor in state.items():
+        if tensor.is_complex():
+            raise CheckpointError(f"weights must be real numbers, however: {key} is complex")
+        full = tensor if tensor.dtype == torch.float64 else tensor.float()
+        bad = int(tensor.numel() - torch.isfinite(full).sum())
         if bad:
             raise CheckpointError(
                 f"weights must be finite, however: {bad} of {tensor.numel()} in {key} are NaN or "
                 "infinite; training diverged, or the file is damaged"
             )
-        state[key] = tensor.detach().cpu().contiguous()
-    if converted:
-        notes.append(f"read {' and '.join(sorted(converted))} weights as float32")
-    return state
 
 
 def check_fits(module: nn.Module | Mapping[str, torch.Tensor], state: State) -> None:
@@ -205,7 +213,9 @@ def _read_pytorch(path: Path) -> Any:
                 f"{path} must be in PyTorch's zip format when it is that large, however: it is in "
                 "the older one; save it again"
             )
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of the file is an error here
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"`([\w.]+)`", str(error))
         what = f"such as {named[1]}" if named else "or is broken"

@@ -33,6 +33,7 @@ class Order(StrEnum):
     none = "none"
 
 
+MAX_SEED = (1 << 63) - 1
 SHOWN = 200  # rows of a table of problems
 
 Checkpoint = Annotated[Path, typer.Argument(help="A .safetensors, .pt or .pth file of tensors.")]
@@ -82,7 +83,7 @@ def permute(
     checkpoint: Checkpoint,
     output: Output,
     architecture: Architecture,
-    seed: Annotated[int, typer.Option(help="Of the random permutation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the random permutation.")] = 0,
     arguments: Arguments = "{}",
     shape: Shape = "",
 ) -> None:
@@ -335,11 +336,12 @@ def read_fitting(
 ) -> tuple[PermutationSpec, State]:
     """The spec of the architecture, and the tensors of a checkpoint of it."""
     from weightnet.architecture import trace_architecture
-    from weightnet.checkpoint import check_fits, read_checkpoint
+    from weightnet.checkpoint import check_fits, check_real, read_checkpoint
 
     module, spec = trace_architecture(architecture, parse_arguments(arguments), parse_shape(shape))
     state = read_checkpoint(checkpoint, module.state_dict().keys())
     check_fits(module, state)
+    check_real(state)
     return spec, state
 
 
@@ -349,7 +351,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
 
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--architecture-args must be JSON, however: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--architecture-args must be a JSON object, however: {text}")
@@ -359,8 +361,10 @@ def parse_arguments(text: str) -> dict[str, Any]:
 def parse_shape(text: str) -> tuple[int, ...] | None:
     """The shape that ``3,224,224`` spells, None for no text; ValueError if it spells none."""
     sizes = text.split(",") if text else []
-    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
-        raise ValueError(f"--input must be positive numbers such as 3,224,224, however: {text}")
+    if not all(size.strip().isdecimal() and len(size) < 7 and int(size) > 0 for size in sizes):
+        raise ValueError(
+            f"--input must be positive numbers below a million such as 3,224,224, however: {text}"
+        )
     return tuple(map(int, sizes)) or None
 
 

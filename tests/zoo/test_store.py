@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from weightnet.zoo.store import is_complete, prune, read_stack, read_zoo, write_stack
 
@@ -59,6 +62,23 @@ def test_a_damaged_stack_is_not_complete(folder: Path, name: str, how: str) -> N
     }[how]
     (folder / name).write_bytes(damaged)
     assert not is_complete(folder)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_stack_damaged_anywhere_is_not_complete(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "0123"
+        write_stack(folder, NETWORKS, STATES)
+        path = folder / data.draw(st.sampled_from(FILES))
+        whole = bytearray(path.read_bytes())
+        where = data.draw(st.integers(0, len(whole) - 1))
+        if data.draw(st.booleans()):
+            del whole[where:]
+        else:
+            whole[where] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(whole)
+        assert not is_complete(folder)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "{}", "7"])

@@ -6,7 +6,6 @@ The schema, its version and its guarantees are in docs/SHARDS.md.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from weightnet.symmetry.spec import PermutationSpec
-from weightnet.tokens.layout import rows
+from weightnet.tokens.layout import rows, spec_id
 from weightnet.tokens.networks import Networks, TokenPart
 from weightnet.tokens.schema import MAX_ROW, REMEDY, check_schema
+from weightnet.tokens.writer import REQUIRED
 
 
 def read_networks(directories: Sequence[Path]) -> Networks:
@@ -37,13 +37,22 @@ def read_networks(directories: Sequence[Path]) -> Networks:
                 f"{directory} must be a folder of tokens, however: no such folder; {REMEDY}"
             )
         frame = _read_table(directory / "networks.parquet", "networks").to_pandas()
+        missing = [name for name in REQUIRED if name not in frame]
+        if missing:
+            raise ValueError(
+                f"{directory / 'networks.parquet'} must have the columns {', '.join(REQUIRED)}, "
+                f"however: missing {', '.join(missing)}; {REMEDY}"
+            )
         listed = _read_table(directory / "specs.parquet", "specs").to_pydict()
         try:
             here = {
                 name: PermutationSpec.from_json(text)
                 for name, text in zip(listed["spec"], listed["json"], strict=True)
             }
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            damaged = [name for name, spec in here.items() if spec_id(spec) != name]
+            if damaged:
+                raise ValueError(f"spec {damaged[0]} has another content")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{directory / 'specs.parquet'} must hold specs, however: {error!r}; {REMEDY}"
             ) from None
@@ -79,6 +88,7 @@ def iter_tokens(directory: Path) -> Iterator[pa.Table]:
             rest: list[pa.Table] = []
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, use_threads=False)
+                table.validate(full=True)
                 last = _last_network(table)
                 if last == 0 and rest and _run(table, 0) == _run(rest[-1], -1):
                     rest.append(table)
@@ -94,7 +104,14 @@ def iter_tokens(directory: Path) -> Iterator[pa.Table]:
 def _read_table(path: Path, name: str) -> pa.Table:
     with _open_parquet(path) as file:
         check_schema(path, file.schema_arrow.metadata, name)
-        return file.read().replace_schema_metadata(None)
+        return _read(file)
+
+
+def _read(file: pq.ParquetFile) -> pa.Table:
+    """All of a file; an Arrow error if its text is no UTF-8, or an index points nowhere."""
+    table = file.read().replace_schema_metadata(None)
+    table.validate(full=True)
+    return table
 
 
 @contextmanager
@@ -105,7 +122,7 @@ def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
             yield file
     except FileNotFoundError:
         raise ValueError(f"{path} must exist, however: no such file; {REMEDY}") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be a Parquet file, however: {error}; {REMEDY}") from None
 
 
@@ -133,7 +150,10 @@ def _open_part(
     for path in paths:
         with _open_parquet(path) as file:
             check_schema(path, file.schema_arrow.metadata, "tokens")
-            max_row = int(file.schema_arrow.metadata[MAX_ROW])
+            text = file.schema_arrow.metadata.get(MAX_ROW, b"nothing").decode()
+            if not text.isdecimal():
+                raise ValueError(f"{path} must state its max_row, however: {text}; {REMEDY}")
+            max_row = int(text)
             total += file.metadata.num_rows
     counts = {name: rows(spec, max_row).count for name, spec in specs.items()}
     starts = np.concatenate([[0], np.cumsum(frame["spec"].map(counts).to_numpy(np.int64))])
@@ -148,7 +168,7 @@ def _open_part(
         tables = []
         for path in paths:
             with _open_parquet(path) as file:
-                tables.append(file.read().replace_schema_metadata(None))
+                tables.append(_read(file))
         table = pa.concat_tables(tables).unify_dictionaries()
         first = table.column("run").take(pa.array(starts[:-1])).to_numpy()
         if not np.array_equal(first.astype(object), runs.astype(object)):
