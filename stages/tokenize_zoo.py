@@ -1,10 +1,11 @@
 """Bring a family's networks to canonical form and write them as tokens: data/tokens/<family>/."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
@@ -23,9 +24,9 @@ from weightnet.durable import expect_writable, sweep
 from weightnet.params import Params
 from weightnet.probing import ARCHITECTURE, Prober
 from weightnet.progress import Progress
-from weightnet.symmetry import PermutationSpec, trace
+from weightnet.symmetry import PermutationSpec, stack_parts, trace
 from weightnet.symmetry.form import CanonicalForm
-from weightnet.tokens import ProbesConfig, TokensConfig, spec_id, tokenize, write_tokens
+from weightnet.tokens import ProbesConfig, TokensConfig, spec_id, tokenize_stack, write_tokens
 from weightnet.zoo.imported import ADOPTED_CODE, HIDDEN
 from weightnet.zoo.store import read_zoo
 
@@ -98,15 +99,29 @@ def main(
         row_of = {row["run"]: row for row in frame.to_dict("records")}
         prober = Prober(config.probes, ZOO)
 
-        def tables() -> Iterator[tuple[str, pa.Table]]:
+        def tables() -> Iterator[tuple[Sequence[str], pa.Table]]:
             with Progress(f"tokenize_zoo {family}", len(frame), "networks") as progress:
                 for stack in read_zoo(ZOO / family):
-                    for i, run in enumerate(stack.networks["run"]):
-                        spec = specs[row_of[run]["spec"]]
-                        state = config.canonical.apply(spec, stack.state(i))
-                        found = prober.responses(row_of[run], spec, state)
-                        yield run, tokenize(spec, state, config=config.tokens, responses=found)
-                        progress.advance()
+                    for part in stack_parts(stack.weights):
+                        runs = stack.networks["run"][part].tolist()
+                        spec = specs[row_of[runs[0]]["spec"]]
+                        weights = {name: tensor[part] for name, tensor in stack.weights.items()}
+                        states = config.canonical.apply_stack(spec, weights)
+                        answers = []
+                        for i, run in enumerate(runs):
+                            state = {name: tensor[i] for name, tensor in states.items()}
+                            answers.append(prober.responses(row_of[run], spec, state))
+                            progress.advance()
+                        found = {
+                            layer: np.stack([one[layer] for one in answers if one is not None])
+                            for layer in answers[0] or ()
+                        }
+                        yield (
+                            runs,
+                            tokenize_stack(
+                                spec, states, config=config.tokens, responses=found or None
+                            ),
+                        )
 
         with writing(TOKENS / family):
             expect_writable(TOKENS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch.func import functional_call
 from weightnet.symmetry import (
     PermutationSpec,
     canonicalize,
+    canonicalize_stack,
     permute,
     random_permutation,
     random_scales,
@@ -18,6 +21,7 @@ from weightnet.symmetry import (
 )
 
 State = dict[str, torch.Tensor]
+Order = Literal["none", "sort", "align"]
 
 
 @pytest.fixture
@@ -140,3 +144,30 @@ def test_errors(network: tuple[nn.Module, PermutationSpec, State]) -> None:
         rescale(spec, {"nothing": torch.ones(7)}, state)
     with pytest.raises(ValueError, match="must be one of"):
         spec.space("nothing")
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("order", ["none", "sort", "align"])
+def test_a_stack_is_what_its_networks_are_alone(
+    network: tuple[nn.Module, PermutationSpec, State], order: Order, fold: bool
+) -> None:
+    _, spec, state = network
+    states = [
+        {key: t + torch.rand(t.shape, generator=generator(i)) for key, t in state.items()}
+        if i
+        else state
+        for i in range(4)
+    ]
+    states[1]["3.weight"][2:4] = states[1]["3.bias"][2:4] = 0.0  # dead neurons
+    states[2]["0.weight"][1] = float("inf")
+    states[2]["3.weight"][0, 0, 0, 0] = float("nan")
+    reference = states[3] if order == "align" else None
+    alone = [
+        canonicalize(spec, one, order=order, scale=True, fold=fold, reference=reference)
+        for one in states
+    ]
+    stack = {key: torch.stack([one[key] for one in states]) for key in state}
+    form = canonicalize_stack(spec, stack, order=order, scale=True, fold=fold, reference=reference)
+    for key, tensor in form.items():
+        expected = torch.stack([one[key] for one in alone])
+        assert torch.equal(tensor.nan_to_num(7.0), expected.nan_to_num(7.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightnet.symmetry.spec import PermutationSpec
-from weightnet.tokens import TokensConfig, detokenize, layout, tokenize
+from weightnet.tokens import TokensConfig, detokenize, layout, tokenize, tokenize_stack
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -163,3 +164,24 @@ def test_impossible_layers_are_refused(samples) -> None:
     uneven = replace(spec.layers[1], groups=2)
     with pytest.raises(ValueError, match="fit its kind and groups"):
         layout(PermutationSpec(spec.spaces, (spec.layers[0], uneven, spec.layers[2])))
+
+
+@pytest.mark.parametrize("name", ["branched", "grouped", "small_cnn"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_stack_is_its_networks_one_after_another(samples, name: str, dtype: Any) -> None:
+    spec = samples.specs[name]
+    states = [samples.state(spec, seed) for seed in range(3)]
+    stack = {key: torch.stack([state[key] for state in states]) for key in states[0]}
+    generator = np.random.default_rng(0)
+    responses = {
+        one.layer.index: generator.normal(size=(3, one.outputs, 4)).astype(np.float32)
+        for one in layout(spec).layers
+    }
+    config = TokensConfig(max_row=5, dtype=dtype)
+    tables = [
+        tokenize(spec, state, config=config, responses={k: v[i] for k, v in responses.items()})
+        for i, state in enumerate(states)
+    ]
+    found = tokenize_stack(spec, stack, config=config, responses=responses)
+    assert found.combine_chunks().equals(pa.concat_tables(tables).combine_chunks())
+    assert same(detokenize(spec, tables[1]), detokenize(spec, found.slice(*[len(tables[0])] * 2)))

@@ -24,6 +24,7 @@ from pydantic import Field
 from weightnet.params import Params
 from weightnet.predictors import features as feature_functions
 from weightnet.predictors.features import Encoder, FeatureFunction
+from weightnet.predictors.forest import Forest
 from weightnet.predictors.interface import Log, Predictor, write_json
 from weightnet.predictors.ranks import mean_tau
 from weightnet.predictors.scaling import Array
@@ -98,7 +99,7 @@ class TreePredictor(Predictor):
         self.features, self.permutations = features, permutations
         self.encoder = Encoder()
         # one set of P models, or one for each permutation
-        self._models: list[list[lightgbm.Booster]] = []
+        self._models: list[list[Forest]] = []
 
     def _train(
         self,
@@ -148,11 +149,11 @@ class TreePredictor(Predictor):
         self.encoder.write(folder)
         models = chain.from_iterable(self._models)
         for path, model in zip(self._paths(folder), models, strict=True):
-            path.write_text(model.model_to_string(), encoding="utf-8")
+            path.write_text(model.text, encoding="utf-8")
 
     def _read(self, folder: Path) -> None:
         self.encoder.read(folder)
-        models = [_booster(path.read_text(encoding="utf-8")) for path in self._paths(folder)]
+        models = [Forest(path.read_text(encoding="utf-8")) for path in self._paths(folder)]
         size = len(self.properties)
         self._models = [models[first : first + size] for first in range(0, len(models), size)]
 
@@ -184,10 +185,10 @@ class _Search:
         if held.any():
             self.held_out = self.data.create_valid(held_out[held], held_out_targets[held])
         self.error = math.inf
-        self._best: lightgbm.Booster | None = None
+        self._best: Forest | None = None
 
     @property
-    def best(self) -> lightgbm.Booster:
+    def best(self) -> Forest:
         assert self._best is not None
         return self._best
 
@@ -202,7 +203,8 @@ class _Search:
         settings = {**_FIXED, "max_bin": self.config.bins, **candidate}
         if self.held_out is None:
             if self._best is None:
-                self._best = lightgbm.train(settings, self.data, min(100, self.config.rounds))
+                grown = lightgbm.train(settings, self.data, min(100, self.config.rounds))
+                self._best = Forest(grown.model_to_string())
             return
         model = lightgbm.train(
             settings,
@@ -215,8 +217,8 @@ class _Search:
         error = model.best_score["validation"]["l2"]
         if self._best is None or error < self.error:
             self.error = error
-            # through text at once, so that a model in memory and a loaded one are the same
-            self._best = _booster(model.model_to_string(num_iteration=model.best_iteration))
+            text = model.model_to_string(num_iteration=model.best_iteration)
+            self._best = Forest(lightgbm.Booster(model_str=text).model_to_string())
 
 
 class TreeBags:
@@ -228,7 +230,7 @@ class TreeBags:
 
     def __init__(self, bags: int) -> None:
         self.bags = bags
-        self._models: list[list[lightgbm.Booster]] = []
+        self._models: list[list[Forest]] = []
 
     def fit(
         self, rows: Array, targets: Array, held_out: Array, held_out_targets: Array, *, seed: int
@@ -252,14 +254,14 @@ class TreeBags:
     def write(self, folder: Path) -> None:
         """Write all models to one file."""
         if self.bags:
-            texts = [[model.model_to_string() for model in models] for models in self._models]
+            texts = [[model.text for model in models] for models in self._models]
             write_json(folder / _BAGS, texts)
 
     def read(self, folder: Path) -> None:
         """Read what `write` wrote."""
         if self.bags:
             texts = json.loads((folder / _BAGS).read_text(encoding="utf-8"))
-            self._models = [[_booster(text) for text in models] for models in texts]
+            self._models = [[Forest(text) for text in models] for models in texts]
 
 
 def _candidates(count: int, generator: np.random.Generator) -> list[dict[str, Any]]:
@@ -286,15 +288,9 @@ def _candidates(count: int, generator: np.random.Generator) -> list[dict[str, An
     return [defaults, *drawn]
 
 
-def _booster(text: str) -> lightgbm.Booster:
-    import lightgbm
-
-    return lightgbm.Booster(model_str=text)
-
-
-def _predict(models: Sequence[lightgbm.Booster], rows: Array) -> Array:
+def _predict(models: Sequence[Forest], rows: Array) -> Array:
     """Return [B, P], a column of each model."""
-    columns = [np.asarray(model.predict(rows, num_threads=1)) for model in models]
+    columns = [model.predict(rows) for model in models]
     return np.stack(columns, axis=1).astype(np.float64)
 
 

@@ -1,7 +1,7 @@
 """The symmetries of a network, traced from its module graph, and what can be done with them."""
 
 from weightnet.symmetry.batchnorm import fold_batchnorm
-from weightnet.symmetry.canonicalize import canonicalize
+from weightnet.symmetry.canonicalize import canonicalize, canonicalize_stack
 from weightnet.symmetry.permute import (
     State,
     inverse,
@@ -9,6 +9,7 @@ from weightnet.symmetry.permute import (
     random_permutation,
     random_scales,
     rescale,
+    stack_parts,
 )
 from weightnet.symmetry.spec import Axis, Layer, PermutationSpec, Segment, Space
 from weightnet.symmetry.trace import trace
@@ -21,11 +22,13 @@ __all__ = [
     "Space",
     "State",
     "canonicalize",
+    "canonicalize_stack",
     "fold_batchnorm",
     "inverse",
     "permute",
     "random_permutation",
     "random_scales",
     "rescale",
+    "stack_parts",
     "trace",
 ]

@@ -31,10 +31,15 @@ def fold_batchnorm(spec: PermutationSpec, state: State) -> dict[str, torch.Tenso
     """
     check_state(spec, state)
     folded = dict(state)
+    fold_batchnorm_into(spec, folded)
+    return folded
+
+
+def fold_batchnorm_into(spec: PermutationSpec, state: dict[str, torch.Tensor]) -> None:
+    """`fold_batchnorm` without checks, in place of the old tensors; also for a stack."""
     for layer in spec.layers:
         if _foldable(layer):
-            folded.update(_fold(layer, folded))
-    return folded
+            state.update(_fold(layer, state))
 
 
 def without_batchnorm(spec: PermutationSpec) -> PermutationSpec:

@@ -32,9 +32,12 @@ import math
 from typing import Literal
 
 import torch
-from scipy.optimize import linear_sum_assignment
 
-from weightnet.symmetry.batchnorm import fold_batchnorm, without_batchnorm
+from weightnet.symmetry.batchnorm import (
+    fold_batchnorm,
+    fold_batchnorm_into,
+    without_batchnorm,
+)
 from weightnet.symmetry.permute import (
     State,
     along,
@@ -42,10 +45,11 @@ from weightnet.symmetry.permute import (
     check_state,
     divide_inputs,
     has_norm,
-    permute_into,
+    permute_stack_into,
     produced,
     reorder,
     rescale,
+    rescale_into,
 )
 from weightnet.symmetry.spec import Axis, PermutationSpec, Space
 
@@ -81,6 +85,32 @@ def canonicalize(
         ValueError: for an unknown order, a missing or needless reference, or a state that does not
             fit.
     """
+    form = canonicalize_stack(
+        spec,
+        {key: tensor[None] for key, tensor in state.items()},
+        order=order,
+        scale=scale,
+        fold=fold,
+        reference=reference,
+    )
+    return {key: tensor[0] for key, tensor in form.items()}
+
+
+def canonicalize_stack(
+    spec: PermutationSpec,
+    states: State,
+    *,
+    order: Order = "sort",
+    scale: bool = False,
+    fold: bool = False,
+    reference: State | None = None,
+) -> dict[str, torch.Tensor]:
+    """`canonicalize` for a stack of networks of one spec: each tensor [networks, ...]. All are
+    brought to the form together, each to the one that it has alone, bit for bit; temporaries are
+    some times as large as the largest tensor, so pass many small networks, or a large one.
+
+    ``reference`` is one network, without the leading axis.
+    """
     if order not in ("none", "sort", "align"):
         raise ValueError(f"order must be none, sort or align, however: order={order!r}")
     if (order == "align") != (reference is not None):
@@ -88,21 +118,30 @@ def canonicalize(
         raise ValueError(
             f"a reference must come with order='align' and only with it, however: {fact}"
         )
-    found = {key: tensor.detach() for key, tensor in state.items()}
+    found = {key: tensor.detach() for key, tensor in states.items()}
+    check_state(spec, found, stack=True)
     if fold:
-        found = fold_batchnorm(spec, found)
+        fold_batchnorm_into(spec, found)
         reference = None if reference is None else fold_batchnorm(spec, reference)
         spec = without_batchnorm(spec)
     if scale:
-        found = rescale(spec, canonical_scales(spec, found), found)
+        rescale_into(spec, _canonical_scales(spec, found), found)
     if order == "none":
         return found
-    permute_into(spec, sorting_permutation(spec, found, scaled=scale), found)
+    permute_stack_into(spec, _sorting_permutations(spec, found, scaled=scale), found)
     if reference is None:
         return found
+    check_state(spec, reference)
     if scale:
-        reference = rescale(spec, canonical_scales(spec, reference), reference)
-    permute_into(spec, aligning_permutation(spec, found, reference), found)
+        alone = {key: tensor[None] for key, tensor in reference.items()}
+        scales = _canonical_scales(spec, alone)
+        reference = rescale(spec, {name: s[0] for name, s in scales.items()}, reference)
+    aligned = [
+        aligning_permutation(spec, {key: t[i] for key, t in found.items()}, reference)
+        for i in range(len(next(iter(found.values()))))
+    ]
+    orders = {name: torch.stack([one[name] for one in aligned]) for name in aligned[0]}
+    permute_stack_into(spec, orders, found)
     return found
 
 
@@ -113,61 +152,97 @@ def sorting_permutation(
     spec: PermutationSpec, state: State, *, scaled: bool = False
 ) -> dict[str, torch.Tensor]:
     """The permutation of every space that sorts it; ``scaled`` says that scales are canonical."""
-    check_state(spec, state)  # checks that the state fits
+    check_state(spec, state)
+    alone = {key: tensor[None] for key, tensor in state.items()}
+    orders = _sorting_permutations(spec, alone, scaled=scaled)
+    return {name: order[0] for name, order in orders.items()}
+
+
+def _sorting_permutations(
+    spec: PermutationSpec, states: State, *, scaled: bool
+) -> dict[str, torch.Tensor]:
+    """`sorting_permutation` for a stack: [networks, size]. Only networks with ties are looked at
+    one by one."""
     weights = {layer.weight for layer in spec.layers}
-    colours: dict[str, torch.Tensor] = {}
+    keys: dict[str, torch.Tensor] = {}
+    orders: dict[str, torch.Tensor] = {}
+    tied = torch.zeros(1, dtype=torch.bool)
     for space in spec.spaces:
         side = 1 if scaled and space.scalable else 0
         used = [axis for axis in space.axes if axis.axis == side and axis.tensor in weights]
-        views = [_rows(state[axis.tensor], axis, space.size) for axis in used or space.axes]
-        unit = _powers_above(views).max().expand(space.size)  # one for all: channels are compared
-        key, _ = _magnitudes(views, unit)
-        colours[space.name] = torch.unique(-key, return_inverse=True)[1]
-    _refine(spec, state, colours)
-    return {name: torch.argsort(colour, stable=True) for name, colour in colours.items()}
+        views = [_stack_rows(states[axis.tensor], axis, space.size) for axis in used or space.axes]
+        powers, finite = _powers_above(views)
+        unit = powers.amax(1, keepdim=True)  # one for all: channels are compared
+        keys[space.name], _ = _magnitudes(views, unit.expand_as(powers), finite=finite)
+        falling, orders[space.name] = torch.sort(-keys[space.name], dim=1, stable=True)
+        tied = tied | (falling[:, 1:] == falling[:, :-1]).any(1)
+    for network in torch.nonzero(tied).flatten().tolist():
+        colours = {
+            name: torch.unique(-key[network], return_inverse=True)[1] for name, key in keys.items()
+        }
+        _refine(spec, {key: t[network] for key, t in states.items()}, colours)
+        for name, colour in colours.items():
+            orders[name][network] = torch.argsort(colour, stable=True)
+    return orders
+
+
+def _stack_rows(tensor: torch.Tensor, axis: Axis, size: int) -> torch.Tensor:
+    """The values on each channel of an axis, [networks, size, repeat, before, after]; a view if
+    possible."""
+    part = tensor.detach().cpu().narrow(axis.axis + 1, axis.offset, size * axis.repeat)
+    before = math.prod(tensor.shape[1 : axis.axis + 1])
+    after = math.prod(tensor.shape[axis.axis + 2 :])
+    return part.reshape(len(tensor), before, size, axis.repeat, after).permute(0, 2, 3, 1, 4)
 
 
 def _rows(tensor: torch.Tensor, axis: Axis, size: int) -> torch.Tensor:
-    """The values on each channel of an axis, [size, repeat, before, after]; a view if possible."""
-    part = tensor.detach().cpu().narrow(axis.axis, axis.offset, size * axis.repeat)
-    before = math.prod(tensor.shape[: axis.axis])
-    after = math.prod(tensor.shape[axis.axis + 1 :])
-    return part.reshape(before, size, axis.repeat, after).permute(1, 2, 0, 3)
+    """The same of one network, [size, repeat, before, after]."""
+    return _stack_rows(tensor[None], axis, size)[0]
 
 
-def _powers_above(views: list[torch.Tensor]) -> torch.Tensor:
-    """Per channel the power of two above its magnitudes, float64 [size]; 0 if 0 or not finite."""
-    largest = torch.zeros(len(views[0]), dtype=torch.float64)
+def _powers_above(views: list[torch.Tensor]) -> tuple[torch.Tensor, bool]:
+    """Per channel the power of two above its magnitudes, float64 [networks, size], 0 if 0 or not
+    finite; and whether all values are finite."""
+    largest = torch.zeros(views[0].shape[:2], dtype=torch.float64)
     for view in views:
         if view.numel():
-            ends = (view.amax((1, 2, 3)), -view.amin((1, 2, 3)))
+            ends = (view.amax((2, 3, 4)), -view.amin((2, 3, 4)))
             largest = torch.maximum(largest, torch.maximum(*ends).double())
     powers = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
-    return torch.where((largest > 0) & largest.isfinite(), powers, 0.0)
+    finite = largest.isfinite()
+    return torch.where((largest > 0) & finite, powers, 0.0), bool(finite.all())
 
 
 def _magnitudes(
-    views: list[torch.Tensor], unit: torch.Tensor
+    views: list[torch.Tensor], unit: torch.Tensor, *, finite: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of magnitudes per channel over all views: int64 [size], and the value of one step,
-    float64 [size].
+    """Sum of magnitudes per channel over all views: int64 [networks, size], and the value of one
+    step, float64 [networks, size].
 
-    Integers add exactly in any order. What is not finite counts as nothing.
+    Integers add exactly in any order. What is not finite counts as nothing. Where all is finite,
+    2^52 is added to what is below 2^52: this rounds it to the integer in the double's last 52
+    bits, and the sum of the bit patterns, which wraps, is rid of what stands above them.
     """
-    count = sum(view[0].numel() for view in views)
+    count = sum(view[0, 0].numel() for view in views)
     bits = min(52, 61 - count.bit_length())  # no overflow, and steps that a double holds
     factor = torch.where(unit > 0, 2.0**bits / unit, 0.0)
-    total = torch.zeros(len(unit), dtype=torch.int64)
+    finite = finite and bool(factor.isfinite().all())
+    total = torch.zeros(unit.shape, dtype=torch.int64)
     for view in views:
-        along_rows = view.shape[2] == 1  # follow the memory: its outermost axis
-        outer = 0 if along_rows else 2
+        along_rows = view.shape[3] == 1  # follow the memory: its outermost axis
+        outer = 1 if along_rows else 3
         step = max(1, _BLOCK * view.shape[outer] // max(1, view.numel()))
         for start in range(0, view.shape[outer], step):
-            block = view[start : start + step] if along_rows else view[:, :, start : start + step]
+            block = view.narrow(outer, start, min(step, view.shape[outer] - start))
             rows = slice(start, start + step) if along_rows else slice(None)
-            values = block.abs().double().mul_(factor[rows, None, None, None])
-            values = values.nan_to_num_(nan=0.0, posinf=0.0).round_()
-            total[rows] += values.to(torch.int64).sum((1, 2, 3))
+            values = block.abs().double().mul_(factor[:, rows, None, None, None])
+            if finite:
+                whole = values.add_(2.0**52).view(torch.int64)
+            else:
+                whole = values.nan_to_num_(nan=0.0, posinf=0.0).round_().to(torch.int64)
+            total[:, rows] += whole.sum((2, 3, 4))
+    if finite:
+        total -= count * torch.tensor(0x433 << 52)
     return total, unit / 2.0**bits
 
 
@@ -265,7 +340,9 @@ def aligning_permutation(
     Each space in turn takes the assignment of most inner product over all its weights, biases,
     scales and shifts, given the others; running statistics, which are no weights, are left out.
     """
-    check_state(spec, reference)  # checks that the reference fits
+    check_state(spec, reference)
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     axes = axes_by_tensor(spec)
     statistics = {key for layer in spec.layers for key in (layer.mean, layer.variance)}
     order = {space.name: torch.arange(space.size) for space in spec.spaces}
@@ -296,9 +373,8 @@ def aligning_permutation(
 # --- scale -----------------------------------------------------------------------------------
 
 
-def canonical_scales(spec: PermutationSpec, state: State) -> dict[str, torch.Tensor]:
-    """The scales, float64, that `rescale` brings ``state`` to its canonical scale with."""
-    check_state(spec, state)  # checks that the state fits
+def _canonical_scales(spec: PermutationSpec, states: State) -> dict[str, torch.Tensor]:
+    """The scales, float64 [networks, size], that bring a stack to its canonical scale."""
     open_spaces = {space.name for space in spec.spaces if space.scalable}
     scales: dict[str, torch.Tensor] = {}
     for layer in spec.layers:
@@ -309,11 +385,11 @@ def canonical_scales(spec: PermutationSpec, state: State) -> dict[str, torch.Ten
             if segment.space in open_spaces and segment.space not in scales:
                 if current is None:  # what it reads is canonical by now
                     current = {
-                        **{key: state[key] for key in produced(layer)},
-                        **({} if has_norm(layer) else divide_inputs(layer, scales, state)),
+                        **{key: states[key] for key in produced(layer)},
+                        **({} if has_norm(layer) else divide_inputs(layer, scales, states)),
                     }
                 views = [
-                    _rows(tensor, Axis(key, 0, offset, segment.repeat), segment.size)
+                    _stack_rows(tensor, Axis(key, 0, offset, segment.repeat), segment.size)
                     for key, tensor in current.items()
                 ]
                 scales[segment.space] = _unit_scales(views)
@@ -323,8 +399,9 @@ def canonical_scales(spec: PermutationSpec, state: State) -> dict[str, torch.Ten
 
 def _unit_scales(views: list[torch.Tensor]) -> torch.Tensor:
     """Factors that bring each channel's mean magnitude to ``1 / sqrt(n)``; 1 for dead channels."""
-    count = sum(view[0].numel() for view in views)
-    steps, step = _magnitudes(views, _powers_above(views))
+    count = sum(view[0, 0].numel() for view in views)
+    unit, finite = _powers_above(views)
+    steps, step = _magnitudes(views, unit, finite=finite)
     magnitude = steps.double() * step
     scale = math.sqrt(count) / magnitude
     near = (scale - 1).abs() <= _TOLERANCE.get(views[0].dtype, 1e-2)

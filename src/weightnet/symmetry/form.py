@@ -8,7 +8,7 @@ import torch
 
 from weightnet.params import Params
 from weightnet.randomness import torch_generator
-from weightnet.symmetry.canonicalize import canonicalize
+from weightnet.symmetry.canonicalize import canonicalize_stack
 from weightnet.symmetry.permute import State
 from weightnet.symmetry.spec import PermutationSpec
 
@@ -27,18 +27,23 @@ class CanonicalForm(Params):
 
     def apply(self, spec: PermutationSpec, state: State) -> dict[str, torch.Tensor]:
         """The canonical form of ``state``: the same function."""
+        form = self.apply_stack(spec, {name: tensor[None] for name, tensor in state.items()})
+        return {name: tensor[0] for name, tensor in form.items()}
+
+    def apply_stack(self, spec: PermutationSpec, states: State) -> dict[str, torch.Tensor]:
+        """`apply` for many networks of one spec at once: each tensor [networks, ...]."""
         reference = None
         if self.order == "align":
             generator = torch_generator("reference", spec.to_json())
             reference = {
-                name: torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+                name: torch.randn(tensor.shape[1:], generator=generator).to(tensor.dtype)
                 if tensor.is_floating_point()
-                else tensor
-                for name, tensor in state.items()
+                else tensor[0]
+                for name, tensor in states.items()
             }
-        return canonicalize(
+        return canonicalize_stack(
             spec,
-            state,
+            states,
             order=self.order,
             scale=self.scale,
             fold=self.fold_batchnorm,

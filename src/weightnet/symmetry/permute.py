@@ -7,12 +7,14 @@ unchanged, up to rounding.
 
 States are mappings from state-dict keys to tensors. A result is a new dict, in which tensors that
 nothing moves are the given ones, not copies; beyond the result, no more than one layer is held at
-a time.
+a time. Functions with ``stack`` in their name, and those that say so, act on a stack of networks
+of one spec: every tensor, permutation and scale then has a leading axis, the networks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -21,6 +23,8 @@ from weightnet.symmetry.spec import Axis, Layer, PermutationSpec, Segment
 State = Mapping[str, torch.Tensor]
 Permutation = Mapping[str, torch.Tensor]
 Scales = Mapping[str, torch.Tensor]
+
+_BLOCK = 1 << 22  # weights of a part of a stack
 
 
 def random_permutation(
@@ -81,6 +85,14 @@ def permute_into(
         state[key] = reorder(state[key], axes, permutation)
 
 
+def permute_stack_into(
+    spec: PermutationSpec, permutations: Permutation, states: dict[str, torch.Tensor]
+) -> None:
+    """`permute_into` for a stack: permutations [networks, size]."""
+    for key, axes in axes_by_tensor(spec).items():
+        states[key] = _reorder_stack(states[key], axes, permutations)
+
+
 def axes_by_tensor(spec: PermutationSpec) -> dict[str, list[tuple[str, int, Axis]]]:
     """For each tensor its axes that hold channels: (name of the space, its size, axis)."""
     found: dict[str, list[tuple[str, int, Axis]]] = {}
@@ -90,19 +102,29 @@ def axes_by_tensor(spec: PermutationSpec) -> dict[str, list[tuple[str, int, Axis
     return found
 
 
-def check_state(spec: PermutationSpec, state: State) -> None:
+def stack_parts(states: State) -> Iterator[slice]:
+    """A stack of any size as parts to be taken one after another: of many small networks, so that
+    each operation has enough to do, or of a single large one."""
+    count = len(next(iter(states.values())))
+    size = sum(tensor[0].numel() for tensor in states.values())
+    step = max(1, _BLOCK // max(1, size))
+    for start in range(0, count, step):
+        yield slice(start, min(count, start + step))
+
+
+def check_state(spec: PermutationSpec, state: State, *, stack: bool = False) -> None:
     """Raise ValueError unless every tensor of the spec is there and as long as its channels."""
     for key, axes in axes_by_tensor(spec).items():
-        _check_tensor(key, axes, state)
+        _check_tensor(key, axes, state, int(stack))
 
 
-def _check_tensor(key: str, axes: list[tuple[str, int, Axis]], state: State) -> None:
+def _check_tensor(key: str, axes: list[tuple[str, int, Axis]], state: State, leading: int) -> None:
     if key not in state:
         raise ValueError(
             f"state must hold {key!r} of the spec, however: it is missing; pass a full state dict"
         )
     for name, size, axis in axes:
-        shape = tuple(state[key].shape)
+        shape = tuple(state[key].shape[leading:])
         if axis.axis >= len(shape) or shape[axis.axis] < axis.offset + size * axis.repeat:
             raise ValueError(
                 f"state[{key!r}] must hold {size} channels of space {name!r} on axis {axis.axis}, "
@@ -114,21 +136,39 @@ def reorder(
     tensor: torch.Tensor, axes: list[tuple[str, int, Axis]], permutation: Permutation
 ) -> torch.Tensor:
     """One tensor with the channels on its axes reordered; the tensor itself if nothing moves."""
-    for place in sorted({axis.axis for name, _, axis in axes if name in permutation}):
-        here = [entry for entry in axes if entry[2].axis == place and entry[0] in permutation]
-        shape = tensor.shape
+    if not any(name in permutation for name, _, _ in axes):
+        return tensor
+    orders = {name: permutation[name][None] for name, _, _ in axes if name in permutation}
+    return _reorder_stack(tensor[None], axes, orders)[0]
+
+
+def _reorder_stack(
+    tensor: torch.Tensor, axes: list[tuple[str, int, Axis]], permutations: Permutation
+) -> torch.Tensor:
+    for place in sorted({axis.axis for name, _, axis in axes if name in permutations}):
+        here = [entry for entry in axes if entry[2].axis == place and entry[0] in permutations]
+        shape, at = tensor.shape, place + 1
         # whole channels are moved where all are as wide, which is faster than index by index
         width = here[0][2].repeat if len({axis.repeat for _, _, axis in here}) == 1 else 1
-        if shape[place] % width or any(axis.offset % width for _, _, axis in here):
+        if shape[at] % width or any(axis.offset % width for _, _, axis in here):
             width = 1
-        index = torch.arange(shape[place] // width, device=tensor.device)
+        count = shape[at] // width
+        index = torch.arange(count, device=tensor.device).repeat(len(tensor), 1)
         for name, size, axis in here:
-            order, repeat = permutation[name].to(tensor.device), axis.repeat // width
+            order, repeat = permutations[name].to(tensor.device), axis.repeat // width
             start = axis.offset // width
-            span = slice(start, start + size * repeat)
-            index[span] = index[span].view(size, repeat)[order].flatten()
-        wide = tensor.reshape(*shape[:place], -1, width, *shape[place + 1 :])
-        tensor = wide.index_select(place, index).view(shape)
+            within = start + torch.arange(repeat, device=tensor.device)
+            places = order[:, :, None] * repeat + within
+            index[:, start : start + size * repeat] = places.flatten(1)
+        if len(tensor) == 1:
+            wide = tensor.reshape(*shape[:at], -1, width, *shape[at + 1 :])
+            tensor = wide.index_select(at, index[0]).view(shape)
+        else:
+            before, after = math.prod(shape[1:at]), width * math.prod(shape[at + 1 :])
+            starts = torch.arange(0, len(tensor) * before * count, count, device=tensor.device)
+            rows = starts.view(len(tensor), before, 1) + index[:, None]
+            wide = tensor.reshape(len(tensor) * before * count, after)
+            tensor = wide.index_select(0, rows.flatten()).view(shape)
     return tensor
 
 
@@ -159,9 +199,14 @@ def rescale(spec: PermutationSpec, scales: Scales, state: State) -> dict[str, to
             )
     check_state(spec, state)
     scaled = dict(state)
-    for layer in spec.layers:
-        scaled.update(_rescale_layer(layer, scales, scaled))
+    rescale_into(spec, scales, scaled)
     return scaled
+
+
+def rescale_into(spec: PermutationSpec, scales: Scales, state: dict[str, torch.Tensor]) -> None:
+    """`rescale` without checks, in place of the old tensors; also for a stack."""
+    for layer in spec.layers:
+        state.update(_rescale_layer(layer, scales, state))
 
 
 def _rescale_layer(layer: Layer, scales: Scales, state: State) -> dict[str, torch.Tensor]:
@@ -205,23 +250,27 @@ def divide_inputs(layer: Layer, scales: Scales, state: State) -> dict[str, torch
 
 
 def scale_vector(segments: tuple[Segment, ...], scales: Scales) -> torch.Tensor | None:
-    """The scale of each index of an axis, float64; None if none of its spaces is scaled."""
+    """The scale of each index of an axis, float64; None if none of its spaces is scaled. Also for
+    a stack."""
     if not any(segment.space in scales for segment in segments):
         return None
     parts = []
+    leading = next(iter(scales.values())).shape[:-1]
     for segment in segments:
         scale = None if segment.space is None else scales.get(segment.space)
         part = (
-            torch.ones(segment.size, dtype=torch.float64)
+            torch.ones(*leading, segment.size, dtype=torch.float64)
             if scale is None
             else scale.double().cpu()
         )
-        parts.append(part.repeat_interleave(segment.repeat))
-    return torch.cat(parts)
+        parts.append(part if segment.repeat == 1 else part.repeat_interleave(segment.repeat, -1))
+    return torch.cat(parts, dim=-1)
 
 
 def along(vector: torch.Tensor, axis: int, tensor: torch.Tensor) -> torch.Tensor:
-    """The vector in the tensor's type, shaped to act on one of its axes."""
-    shape = [1] * tensor.dim()
-    shape[axis] = -1
+    """The vector in the tensor's type, shaped to act on one of its axes. Also for a stack of
+    vectors [networks, size] and of tensors."""
+    leading = vector.dim() - 1
+    shape = [*vector.shape[:leading], *[1] * (tensor.dim() - leading)]
+    shape[leading + axis] = vector.shape[-1]
     return vector.to(tensor).view(shape)

@@ -14,7 +14,7 @@ from weightnet.tokens.probes import (
 from weightnet.tokens.schema import SCHEMA_VERSION
 from weightnet.tokens.shards import iter_tokens, read_networks
 from weightnet.tokens.statistics import flat_weights, layer_norms, weight_statistics
-from weightnet.tokens.tokenizer import TokensConfig, detokenize, tokenize
+from weightnet.tokens.tokenizer import TokensConfig, detokenize, tokenize, tokenize_stack
 from weightnet.tokens.writer import write_tokens
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "token_features",
     "token_messages",
     "tokenize",
+    "tokenize_stack",
     "weight_statistics",
     "write_tokens",
 ]

@@ -27,6 +27,7 @@ from weightnet.tokens.layout import LayerLayout, Layout, Rows, layout, rows
 
 SCALARS = ("bias", "scale", "shift", "mean", "variance")
 COUNTER = "num_batches_tracked"
+_JOINED = 1 << 24  # weights of networks that share one array
 
 Floats = NDArray[np.float32]
 
@@ -91,28 +92,45 @@ def tokenize(
         layer; if
             responses leave out a layer.
     """
+    return tokenize_stack(
+        spec,
+        {name: tensor[None] for name, tensor in state.items()},
+        config=config,
+        responses=responses and {i: np.asarray(found)[None] for i, found in responses.items()},
+    )
+
+
+def tokenize_stack(
+    spec: PermutationSpec,
+    states: Mapping[str, torch.Tensor],
+    *,
+    config: TokensConfig | None = None,
+    responses: Mapping[int, Floats] | None = None,
+) -> pa.Table:
+    """`tokenize` for many networks of one spec: one table, network by network. Each tensor, and
+    each array of responses, has a leading axis, the networks."""
     config = config or TokensConfig()
     plan, order = layout(spec), rows(spec, config.max_row)
-    _check_state(plan, state)
+    count = _check_states(plan, states)
     element = pa.float16() if config.dtype == "float16" else pa.float32()
-    weights = [_weight_rows(one, state, config.max_row, element) for one in plan.layers]
-    columns: dict[str, Any] = dict(_places(plan, order))
-    columns["weight"] = pa.chunked_array(weights, type=_list_type(element))
+    columns: dict[str, Any] = dict(_places(plan, order, count))
+    columns["weight"] = _weight_rows(plan, states, count, config.max_row, element)
     for field in SCALARS:
-        values, absent = np.zeros(order.count, np.float32), np.ones(order.count, bool)
+        values, absent = np.zeros((count, order.count), np.float32), np.ones(order.count, bool)
         for one in plan.layers:
             if (name := getattr(one.layer, field)) is not None:
                 where = order.first[one.tokens]
-                values[where], absent[where] = _vector(state[name], one, name), False
-        columns[field] = pa.array(values, mask=absent)
-    counters, absent = np.zeros(order.count, np.int64), np.ones(order.count, bool)
+                values[:, where], absent[where] = _float32(states[name]), False
+        columns[field] = pa.array(values.reshape(-1), mask=np.tile(absent, count))
+    counters, absent = np.zeros((count, order.count), np.int64), np.ones(order.count, bool)
     for one in plan.layers:
-        if (counter := state.get(counter_name(one.layer) or "")) is not None and one.outputs:
+        if (counter := states.get(counter_name(one.layer) or "")) is not None and one.outputs:
             where_first = order.layer_first[one.layer.index]
-            counters[where_first], absent[where_first] = int(counter), False
-    columns["batches_tracked"] = pa.array(counters, mask=absent)
+            counters[:, where_first] = counter.cpu().numpy().reshape(count)
+            absent[where_first] = False
+    columns["batches_tracked"] = pa.array(counters.reshape(-1), mask=np.tile(absent, count))
     if responses is not None:
-        columns["response"] = _response_rows(plan, order, responses)
+        columns["response"] = _response_rows(plan, order, count, responses)
     return pa.table(columns)
 
 
@@ -156,9 +174,9 @@ def counter_name(layer: Layer) -> str | None:
     return f"{prefix}{dot}{COUNTER}"
 
 
-def _places(plan: Layout, order: Rows) -> dict[str, pa.Array]:
-    """The columns that tell tokens apart."""
-    token = order.token
+def _places(plan: Layout, order: Rows, count: int) -> dict[str, pa.Array]:
+    """The columns that tell tokens apart, so many times."""
+    token = np.tile(order.token, count)
     layer = plan.layer[token]
     space = plan.space[token]
     layers = [one.layer for one in plan.layers]
@@ -176,8 +194,8 @@ def _places(plan: Layout, order: Rows) -> dict[str, pa.Array]:
     return {
         "layer": pa.array(layer.astype(np.int16)),
         "index": pa.array(plan.index[token]),
-        "chunk": pa.array(order.chunk),
-        "chunks": pa.array(order.chunks),
+        "chunk": pa.array(np.tile(order.chunk, count)),
+        "chunks": pa.array(np.tile(order.chunks, count)),
         "kind": words([one.kind for one in layers]),
         "kernel_h": small([one.kernel[0] for one in layers]),
         "kernel_w": small([one.kernel[1] for one in layers]),
@@ -197,63 +215,91 @@ def _list_type(element: pa.DataType) -> pa.DataType:
 
 
 def _weight_rows(
-    one: LayerLayout, state: Mapping[str, torch.Tensor], max_row: int, element: pa.DataType
-) -> pa.ListArray:
-    """A layer's weight as rows of at most ``max_row`` values: offsets over the untouched flat
-    values."""
+    plan: Layout,
+    states: Mapping[str, torch.Tensor],
+    count: int,
+    max_row: int,
+    element: pa.DataType,
+) -> pa.ChunkedArray:
+    """Weights as rows of at most ``max_row`` values: offsets over the flat values. Small networks
+    share one array; a large one has an array for each layer, over its untouched values."""
+    if count > 1 and count * plan.values <= _JOINED:
+        values = np.empty((count, plan.values), np.float32)
+        starts, done = [], 0
+        for one in plan.layers:
+            size = one.outputs * one.fan_in
+            if one.layer.weight is not None:
+                flat = _float32(states[one.layer.weight]).reshape(count, size)
+                values[:, done : done + size] = flat
+            starts.append(done + _row_starts(one, max_row))
+            done += size
+        offsets = np.arange(count)[:, None] * plan.values + np.concatenate(starts)
+        arrays = [_list_rows(offsets.reshape(-1), values.reshape(-1), element)]
+    else:
+        arrays = []
+        for network in range(count):
+            for one in plan.layers:
+                if one.outputs * one.fan_in > np.iinfo(np.int32).max:
+                    raise ValueError(
+                        f"a layer must have fewer than 2^31 weights, however: {one.layer.name} "
+                        f"has {one.outputs * one.fan_in}"
+                    )
+                own = np.zeros(0, np.float32)
+                if one.layer.weight is not None:
+                    own = _float32(states[one.layer.weight][network]).reshape(-1)
+                arrays.append(_list_rows(_row_starts(one, max_row), own, element))
+    return pa.chunked_array(arrays, type=_list_type(element))
+
+
+def _row_starts(one: LayerLayout, max_row: int) -> NDArray[np.int64]:
+    """Where each row of a layer starts among the layer's weights."""
     chunks = max(1, -(-one.fan_in // max_row))
     within = np.minimum(np.arange(chunks) * max_row, one.fan_in)
-    offsets = (np.arange(one.outputs)[:, None] * one.fan_in + within).reshape(-1)
-    offsets = np.append(offsets, one.outputs * one.fan_in)
-    values = np.zeros(0, np.float32)
-    if one.layer.weight is not None:
-        values = _float32(state[one.layer.weight]).reshape(-1)
+    return (np.arange(one.outputs)[:, None] * one.fan_in + within).reshape(-1)
+
+
+def _list_rows(starts: NDArray[np.int64], values: Floats, element: pa.DataType) -> pa.ListArray:
+    offsets = np.append(starts, len(values)).astype(np.int32)
+    kept: NDArray[Any] = values
     if element == pa.float16():
         with np.errstate(over="ignore"):
-            values = values.astype(np.float16)
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError(
-            f"a layer must have fewer than 2^31 weights, however: {one.layer.name} has "
-            f"{offsets[-1]}"
-        )
+            kept = values.astype(np.float16)
     return pa.ListArray.from_arrays(
-        pa.array(offsets.astype(np.int32)), pa.array(values, element), type=_list_type(element)
+        pa.array(offsets), pa.array(kept, element), type=_list_type(element)
     )
 
 
-def _response_rows(plan: Layout, order: Rows, responses: Mapping[int, Floats]) -> pa.ListArray:
+def _response_rows(
+    plan: Layout, order: Rows, count: int, responses: Mapping[int, Floats]
+) -> pa.ListArray:
     """Responses as one list per token, on its chunk 0 (null on the others)."""
     parts = []
     for one in plan.layers:
         index, found = one.layer.index, responses.get(one.layer.index)
-        if found is None or found.ndim != 2 or len(found) != one.outputs:
-            shape = None if found is None else found.shape
+        if found is None or found.ndim != 3 or found.shape[:2] != (count, one.outputs):
+            shape = None if found is None else found.shape[1:]
             raise ValueError(
                 f"responses must hold an array [{one.outputs}, probes] for layer {index} "
                 f"({one.layer.name}), however: shape={shape}"
             )
         parts.append(np.asarray(found, np.float32))
-    probes = {part.shape[1] for part in parts}
+    probes = {part.shape[2] for part in parts}
     if len(probes) > 1:
         raise ValueError(
             f"every layer must answer the same probes, however: counts={sorted(probes)}"
         )
-    lengths = np.where(order.chunk == 0, probes.pop() if probes else 0, 0)
-    values = (
-        np.concatenate([part.reshape(-1) for part in parts]) if parts else np.zeros(0, np.float32)
-    )
+    later = np.tile(order.chunk > 0, count)
+    lengths = np.where(later, 0, probes.pop() if probes else 0)
+    values = np.concatenate(parts, axis=1).reshape(-1) if parts else np.zeros(0, np.float32)
     offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)
     return pa.ListArray.from_arrays(
-        pa.array(offsets),
-        pa.array(values),
-        type=_list_type(pa.float32()),
-        mask=pa.array(order.chunk > 0),
+        pa.array(offsets), pa.array(values), type=_list_type(pa.float32()), mask=pa.array(later)
     )
 
 
-def _check_state(plan: Layout, state: Mapping[str, torch.Tensor]) -> None:
-    """Every tensor of the spec is there with its shape, and every learned tensor belongs to a
-    layer."""
+def _check_states(plan: Layout, state: Mapping[str, torch.Tensor]) -> int:
+    """How many networks there are. Every tensor of the spec is there with its shape, and every
+    learned tensor belongs to a layer."""
     needed: dict[str, tuple[int, ...]] = {}
     for one in plan.layers:
         if one.layer.weight is not None:
@@ -268,10 +314,12 @@ def _check_state(plan: Layout, state: Mapping[str, torch.Tensor]) -> None:
             f"{', '.join(missing)}; "
             "trace the module that these weights belong to"
         )
+    counts = {len(state[name]) for name in needed}
     for name, shape in needed.items():
-        if tuple(state[name].shape) != shape:
+        if tuple(state[name].shape[1:]) != shape or len(counts) > 1:
             raise ValueError(
-                f"{name} must have shape {shape}, however: shape={tuple(state[name].shape)}; "
+                f"{name} must have shape {shape}, however: shape={tuple(state[name].shape[1:])} "
+                f"in a stack of {len(state[name])}; "
                 "trace the module that these weights belong to"
             )
     learned = (
@@ -284,6 +332,7 @@ def _check_state(plan: Layout, state: Mapping[str, torch.Tensor]) -> None:
             f"{', '.join(lost)}; "
             "leave them out of the state, or use conv, linear and norm layers only"
         )
+    return counts.pop() if counts else 1
 
 
 def _check_rows(plan: Layout, table: pa.Table, weights: ListColumn) -> NDArray[np.int64]:
@@ -311,12 +360,6 @@ def _check_rows(plan: Layout, table: pa.Table, weights: ListColumn) -> NDArray[n
             "read_networks"
         )
     return first
-
-
-def _vector(tensor: torch.Tensor, one: LayerLayout, name: str) -> Floats:
-    values = _float32(tensor)
-    assert values.shape == (one.outputs,), name
-    return values
 
 
 def _float32(tensor: torch.Tensor) -> Floats:

@@ -6,7 +6,7 @@ bytes. docs/SHARDS.md documents the schema.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,16 @@ def write_tokens(
     directory: Path,
     networks: pd.DataFrame,
     specs: Mapping[str, PermutationSpec],
-    tables: Iterable[tuple[str, pa.Table]],
+    tables: Iterable[tuple[str | Sequence[str], pa.Table]],
     *,
     config: TokensConfig | None = None,
 ) -> None:
     """Write one family's tokens as the folder ``directory``, which is replaced whole or not
     touched at all.
 
-    ``tables`` are (run, tokens) in any order; they are set down on disk as they come, so that
-    memory holds one network and one row group at a time.
+    ``tables`` are (run, tokens) in any order, or (runs, tokens of a stack of as many networks);
+    they are set down on disk as they come, so that memory holds one table and one row group at a
+    time.
 
     Raises:
         ValueError: if the table of networks lacks a column, a run is doubled, missing or unknown,
@@ -61,22 +62,27 @@ def _set_down(
     spill: _Spill,
     frame: pd.DataFrame,
     specs: Mapping[str, PermutationSpec],
-    tables: Iterable[tuple[str, pa.Table]],
+    tables: Iterable[tuple[str | Sequence[str], pa.Table]],
     config: TokensConfig,
 ) -> None:
     """Check tables as they arrive and set them down: one for each network."""
     known = dict(zip(frame["run"], frame["spec"], strict=True))
-    for run, table in tables:
-        if run not in known or run in spill:
-            fact = "arrived twice" if run in known else "is not in the table of networks"
-            raise ValueError(f"tokens must arrive once per network, however: run {run!r} {fact}")
-        expected = rows(specs[known[run]], config.max_row).count
-        if table.num_rows != expected:
+    for given, table in tables:
+        runs = [given] if isinstance(given, str) else list(given)
+        for number, run in enumerate(runs):
+            if run not in known or run in spill or run in runs[:number]:
+                fact = "is not in the table of networks" if run not in known else "arrived twice"
+                raise ValueError(
+                    f"tokens must arrive once per network, however: run {run!r} {fact}"
+                )
+        names = {known[run] for run in runs}
+        expected = sum(rows(specs[name], config.max_row).count for name in names) * len(runs)
+        if len(names) != 1 or table.num_rows != expected:
             raise ValueError(
-                f"tokens must be made with max_row={config.max_row}, however: run {run!r} has "
+                f"tokens must be made with max_row={config.max_row}, however: run {runs[0]!r} has "
                 f"{table.num_rows} rows instead of {expected}; pass the same config to tokenize"
             )
-        spill.add(run, table)
+        spill.add(runs, table)
     absent = [run for run in known if run not in spill]
     if absent:
         raise ValueError(
@@ -91,17 +97,19 @@ class _Spill:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._places: dict[str, tuple[int, int]] = {}
+        self._places: dict[str, tuple[int, int, int, int]] = {}  # bytes of a table, rows of it
         self._file = path.open("wb")
 
     def __contains__(self, run: str) -> bool:
         return run in self._places
 
-    def add(self, run: str, table: pa.Table) -> None:
+    def add(self, runs: Sequence[str], table: pa.Table) -> None:
         start = self._file.tell()
         with pa.ipc.new_stream(self._file, table.schema) as writer:
             writer.write_table(table.unify_dictionaries().combine_chunks())
-        self._places[run] = (start, self._file.tell() - start)
+        length, each = self._file.tell() - start, table.num_rows // len(runs)
+        for number, run in enumerate(runs):
+            self._places[run] = (start, length, number * each, each)
 
     def tables(self, runs: Iterable[str]) -> Iterator[tuple[str, pa.Table]]:
         self._file.close()
@@ -110,8 +118,9 @@ class _Spill:
         with pa.memory_map(str(self._path)) as mapped:
             whole = mapped.read_buffer()
             for run in runs:
-                start, length = self._places[run]
-                yield run, pa.ipc.open_stream(whole.slice(start, length)).read_all()
+                start, length, first, count = self._places[run]
+                table = pa.ipc.open_stream(whole.slice(start, length)).read_all()
+                yield run, table.slice(first, count)
 
     def __enter__(self) -> _Spill:
         return self
