@@ -65,3 +65,16 @@ def test_a_file_damaged_anywhere(written: Path, name: str, data: st.DataObject) 
             assert "dvc repro tokenize_zoo" in str(error)
         else:
             assert not cut
+
+
+@pytest.mark.parametrize("column", ["run", "layer", "weight", "bias"])
+def test_a_column_of_another_name(written: Path, tmp_path: Path, column: str) -> None:
+    folder = Path(shutil.copytree(written, tmp_path / "cnn"))
+    path = folder / "tokens-00000.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(column.encode(), b"x" + column[1:].encode()))
+    with pytest.raises(ValueError, match=f"missing {column}; run `dvc repro tokenize_zoo`"):
+        for _ in iter_tokens(folder):
+            pass
+    with pytest.raises(ValueError, match="run `dvc repro tokenize_zoo`"):
+        _ = read_networks([folder]).parts[0].table

@@ -19,6 +19,7 @@ from weightnet.symmetry.spec import PermutationSpec
 from weightnet.tokens.layout import rows, spec_id
 from weightnet.tokens.networks import Networks, TokenPart
 from weightnet.tokens.schema import MAX_ROW, REMEDY, check_schema
+from weightnet.tokens.tokenizer import tokenize
 from weightnet.tokens.writer import REQUIRED
 
 
@@ -89,6 +90,7 @@ def iter_tokens(directory: Path) -> Iterator[pa.Table]:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, use_threads=False)
                 table.validate(full=True)
+                _check_columns(path, table)
                 last = _last_network(table)
                 if last == 0 and rest and _run(table, 0) == _run(rest[-1], -1):
                     rest.append(table)
@@ -169,6 +171,7 @@ def _open_part(
         for path in paths:
             with _open_parquet(path) as file:
                 tables.append(_read(file))
+                _check_columns(path, tables[-1])
         table = pa.concat_tables(tables).unify_dictionaries()
         first = table.column("run").take(pa.array(starts[:-1])).to_numpy()
         if not np.array_equal(first.astype(object), runs.astype(object)):
@@ -181,12 +184,23 @@ def _open_part(
     return TokenPart(load, starts.astype(np.int64), max_row)
 
 
+def _check_columns(path: Path, table: pa.Table) -> None:
+    expected = ["run", *tokenize(PermutationSpec((), ()), {}).column_names]
+    missing = [name for name in expected if name not in table.column_names]
+    if missing:
+        raise ValueError(
+            f"{path} must have the columns {', '.join(expected)}, however: missing "
+            f"{', '.join(missing)}; {REMEDY}"
+        )
+
+
 def _run(table: pa.Table, row: int) -> str:
     return str(table.column("run")[row].as_py())
 
 
 def _last_network(table: pa.Table) -> int:
     """The row where the last network of a table begins."""
-    codes = table.column("run").unify_dictionaries().combine_chunks().indices.to_numpy()
+    runs = table.column("run").unify_dictionaries().combine_chunks().dictionary_encode()
+    codes = runs.indices.to_numpy()
     changes = np.flatnonzero(codes[1:] != codes[:-1])
     return int(changes[-1]) + 1 if len(changes) else 0
