@@ -104,8 +104,8 @@ def main() -> None:
             differences = evaluation.differences(ours)
             seeds = sorted(predictions["seed"].unique())
 
-            audited = sample(networks, config.audit.networks_per_family)
             prober = Prober(load_section(ProbesConfig, "tokenize_zoo", "probes"), ZOO)
+            audited = sample(networks, config.audit.networks_per_family).runnable(prober.modules)
             readers = [name for name in predictors if PREDICTORS[name].reads_weights]
             changes = []
             with Progress("invariance audit", len(readers), "predictors") as progress:

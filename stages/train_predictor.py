@@ -27,11 +27,13 @@ from weightnet.compute import default_jobs, tell, worker_pool
 from weightnet.durable import expect_writable, replace_file, sweep
 from weightnet.evaluation.splits import SPLITS, SplitsConfig, assign
 from weightnet.params import Params
-from weightnet.predictors import Prediction, build, config_class
+from weightnet.predictors import Prediction, build, config_class, entry
+from weightnet.probing import ModuleBuilder
 from weightnet.progress import Progress
 from weightnet.tokens import Networks, read_networks
 
 TOKENS = Path("data/tokens")
+ZOO = Path("data/zoo")
 PREDICTORS = Path("data/predictors")
 PREDICTIONS = Path("data/predictions")
 CURVES = Path("data/curves")
@@ -75,6 +77,8 @@ def train_seed(training: Training, seed: int, tell: Callable[[str], object]) -> 
     torch.set_num_threads(1)
     predictor, split, config = training.predictor, training.split, training.config
     networks = read_networks([TOKENS / family for family in training.families])
+    if entry(predictor).needs_forward:
+        networks = networks.runnable(ModuleBuilder(ZOO))
     measured = [str(c)[9:] for c in networks.frame if str(c).startswith("property.")]
     unknown = sorted(set(config.properties) - set(measured))
     if unknown:

@@ -42,6 +42,7 @@ def shrink(params: dict[str, Any]) -> None:
     for name in ("weightnet", "weightnet_probe"):
         train[name].update(width=16, heads=2, blocks=1, points=2)
     params["tokenize_zoo"]["probes"]["count"] = 8
+    train["weightnet_probe"]["learned_probes"] = {"per_class": 1, "steps": 3}
     train["mlp"].update(size=256, hidden=8)
     train["stats"].update(hidden=8)
     params["evaluate"]["scores"].update(draws=10, min_networks=4)

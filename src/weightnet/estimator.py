@@ -256,9 +256,12 @@ class WeightNet:
         frame = pd.DataFrame({"run": [one.name for one in prepared]})
         frame["family"], frame["task"] = [one.family for one in prepared], ""
         frame["width"], frame["diverged"] = np.nan, False
-        return Networks.from_states(
+        frame["input"] = [json.dumps(list(one.shape)) for one in prepared]
+        frame["prepared"] = range(len(prepared))
+        networks = Networks.from_states(
             frame, [one.spec for one in prepared], states, responses=responses
         )
+        return networks.runnable(lambda row: prepared[row["prepared"]].module)
 
     def _read_zoo(self, folder: Path, path: str | Path | None) -> Networks:
         from weightnet.importing import check_zoo

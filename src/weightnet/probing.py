@@ -19,6 +19,27 @@ from weightnet.zoo.imported import ADOPTED_CODE
 ARCHITECTURE = ("architecture", "arguments", "input")  # columns: name, JSON, shape as JSON
 
 
+class ModuleBuilder:
+    """Builds modules from the table of networks, each architecture once (see `Modules`).
+
+    Args:
+        zoo: the folder of all families' stacks, where imported architectures keep their code.
+    """
+
+    def __init__(self, zoo: Path) -> None:
+        self.zoo = zoo
+        self._modules: dict[tuple[str, ...], nn.Module] = {}
+
+    def __call__(self, row: Mapping[Any, Any]) -> nn.Module:
+        """The module of the network of one row (``family`` and `ARCHITECTURE`)."""
+        family, name, arguments = (str(row[key]) for key in ("family", *ARCHITECTURE[:2]))
+        key = (family, name, arguments)
+        if key not in self._modules:
+            code = self.zoo / family / ADOPTED_CODE
+            self._modules[key] = build_architecture(name, json.loads(arguments), path=code)
+        return self._modules[key]
+
+
 class Prober:
     """Runs networks on the probe inputs; what depends on the architecture alone is kept.
 
@@ -28,8 +49,7 @@ class Prober:
     """
 
     def __init__(self, config: ProbesConfig, zoo: Path) -> None:
-        self.config, self.zoo = config, zoo
-        self._modules: dict[tuple[str, ...], nn.Module] = {}
+        self.config, self.modules = config, ModuleBuilder(zoo)
         self._inputs: dict[str, Tensor] = {}
 
     def responses(
@@ -39,14 +59,10 @@ class Prober:
         probes."""
         if not self.config.count:
             return None
-        family, name, arguments, shape = (str(row[key]) for key in ("family", *ARCHITECTURE))
-        key = (family, name, arguments)
-        if key not in self._modules:
-            code = self.zoo / family / ADOPTED_CODE
-            self._modules[key] = build_architecture(name, json.loads(arguments), path=code)
+        shape = str(row[ARCHITECTURE[2]])
         if shape not in self._inputs:
             self._inputs[shape] = self.config.inputs(json.loads(shape))
-        return probe_responses(self._modules[key], spec, state, self._inputs[shape])
+        return probe_responses(self.modules(row), spec, state, self._inputs[shape])
 
     def networks(
         self,
@@ -60,4 +76,5 @@ class Prober:
             for row, state in zip(frame.to_dict("records"), states, strict=True)
         ]
         given = [one for one in found if one is not None]
-        return Networks.from_states(frame, specs, states, responses=given or None)
+        networks = Networks.from_states(frame, specs, states, responses=given or None)
+        return networks.runnable(self.modules)

@@ -251,16 +251,16 @@ class TreeBags:
         """Of ``rows`` [B, F], [B, P]."""
         return np.mean([_predict(models, rows) for models in self._models], axis=0)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, name: str = _BAGS) -> None:
         """Write all models to one file."""
         if self.bags:
             texts = [[model.text for model in models] for models in self._models]
-            write_json(folder / _BAGS, texts)
+            write_json(folder / name, texts)
 
-    def read(self, folder: Path) -> None:
+    def read(self, folder: Path, name: str = _BAGS) -> None:
         """Read what `write` wrote."""
         if self.bags:
-            texts = json.loads((folder / _BAGS).read_text(encoding="utf-8"))
+            texts = json.loads((folder / name).read_text(encoding="utf-8"))
             self._models = [[Forest(text) for text in models] for models in texts]
 
 

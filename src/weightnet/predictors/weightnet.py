@@ -15,7 +15,9 @@ packed, without padding; only the (few) layers are padded and masked.
 
 With some hundred networks to learn from, boosted trees read the statistics better than a
 perceptron does and the attention reads what no statistic holds, so that both are fitted and
-averaged in equal parts (``trees``).
+averaged in equal parts (``trees``). `weightnet_probe` also distills probes of its own from the
+training networks; networks that share the inputs and outputs of some of these are predicted by
+trees on how they answer, too (`LearnedProbes`).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -36,6 +39,7 @@ from weightnet.predictors.features import Encoder, Features, weight_features
 from weightnet.predictors.fitting import Batches, FitConfig
 from weightnet.predictors.interface import Log, Predictor
 from weightnet.predictors.learned import ModulePredictor
+from weightnet.predictors.learned_probes import LearnedProbes, LearnedProbesConfig
 from weightnet.predictors.scaling import Array
 from weightnet.predictors.trees import TreeBags
 from weightnet.tokens import (
@@ -55,6 +59,8 @@ if TYPE_CHECKING:
 
 _LIMIT = 5.0  # standard deviations beyond which features are cut off
 _REACH = 1.5  # standard deviations that the network reads: it must not extrapolate to new families
+ACCURACY = "test_accuracy"  # learned probes are distilled from the networks that are best at it
+ANSWERED = 0.8  # share of the trees that read answers to learned probes, where there are any
 _SCALES = (1.0, 30.0)  # features are read as asinh(scale * x): small and large values both resolve
 
 
@@ -75,6 +81,8 @@ class WeightNetConfig(Params):
         statistics: whether the heads also read statistics of the whole network.
         trees: sets of boosted trees on the same statistics whose average makes up half of the
             prediction; 0 for the attention alone.
+        learned_probes: of `weightnet_probe`, the probes that are distilled from the training
+            networks, beside the fixed ones.
     """
 
     width: int = Field(default=64, gt=0)
@@ -90,6 +98,7 @@ class WeightNetConfig(Params):
     embeddings: bool = True
     statistics: bool = True
     trees: int = Field(default=4, ge=0)
+    learned_probes: LearnedProbesConfig = LearnedProbesConfig()
     fit: FitConfig = FitConfig(
         epochs=24, patience=10, batch_size=32, learning_rate=2e-3, weight_decay=0.05
     )
@@ -505,9 +514,18 @@ class WeightNetPredictor(ModulePredictor):
     def __init__(
         self, name: str, config: WeightNetConfig, properties: Sequence[str], seed: int
     ) -> None:
-        reader = TokenReader(config, responses=name == "weightnet_probe")
+        probed = name == "weightnet_probe"
+        learned = config.learned_probes
+        if learned.per_class and not (probed and config.trees):
+            raise ValueError(
+                "learned_probes.per_class must be 0 where only weights are read, and without "
+                f"trees, however: {learned.per_class} of {name} with trees={config.trees}"
+            )
+        reader = TokenReader(config, responses=probed)
         super().__init__(name, config, properties, seed, reader=reader, fit=config.fit)
-        self.trees = TreeBags(config.trees)
+        self.trees, self.answer_trees = TreeBags(config.trees), TreeBags(config.trees)
+        self.probes = LearnedProbes(learned, seed) if learned.per_class else None
+        self._answers: WeakKeyDictionary[Networks, Array] = WeakKeyDictionary()
 
     def _train(
         self,
@@ -525,20 +543,58 @@ class WeightNetPredictor(ModulePredictor):
         if self.trees.bags:
             rows, held_out = self.reader.rows(train), self.reader.rows(validation)
             self.trees.fit(rows, targets, held_out, validation_targets, seed=self.seed)
+        if self.probes is not None:
+            if ACCURACY not in self.properties:
+                raise ValueError(
+                    f"properties must have {ACCURACY}, by which learned probes choose teachers, "
+                    f"however: {', '.join(self.properties)}; set learned_probes.per_class=0"
+                )
+            self.probes.fit(train, targets[:, self.properties.index(ACCURACY)])
+            known, held_out_known = self._answered(train), self._answered(validation)
+            if known.any():
+                self.answer_trees.fit(
+                    self._answer_rows(train)[known],
+                    targets[known],
+                    self._answer_rows(validation)[held_out_known],
+                    validation_targets[held_out_known],
+                    seed=self.seed,
+                )
 
     def _estimate(self, networks: Networks) -> tuple[Array, Array]:
         mean, spread = super()._estimate(networks)
         if self.trees.bags:
             mean = (mean + self.trees.predict(self.reader.rows(networks))) / 2
+        if self.probes is not None and (known := self._answered(networks)).any():
+            told = self.answer_trees.predict(self._answer_rows(networks)[known])
+            mean[known] += ANSWERED * (told - mean[known])
         return mean, spread
+
+    def _answer_rows(self, networks: Networks) -> Array:
+        """The statistics of whole networks and their answers to the learned probes [B, S]."""
+        assert self.probes is not None
+        if networks not in self._answers:
+            answers = self.probes.features(networks).values
+            self._answers[networks] = np.concatenate([self.reader.rows(networks), answers], axis=1)
+        return self._answers[networks]
+
+    def _answered(self, networks: Networks) -> NDArray[np.bool_]:
+        """Which networks have answers to learned probes [B]."""
+        known: NDArray[np.bool_] = np.isfinite(self._answer_rows(networks)[:, -1])
+        return known
 
     def _write(self, folder: Path) -> None:
         super()._write(folder)
         self.trees.write(folder)
+        if self.probes is not None:
+            self.probes.write(folder)
+            self.answer_trees.write(folder, "answer-trees.json")
 
     def _read(self, folder: Path) -> None:
         super()._read(folder)
         self.trees.read(folder)
+        if self.probes is not None:
+            self.probes.read(folder)
+            self.answer_trees.read(folder, "answer-trees.json")
 
 
 def build(name: str, config: WeightNetConfig, properties: Sequence[str], seed: int) -> Predictor:

@@ -4,9 +4,10 @@ and graphs."""
 from weightnet.tokens.features import FEATURES, TokenFeatures, token_features
 from weightnet.tokens.layout import ACTIVATIONS, KINDS, Layout, layout, spec_id
 from weightnet.tokens.messages import TOKEN_MESSAGES, message_statistics, token_messages
-from weightnet.tokens.networks import Networks, Stack
+from weightnet.tokens.networks import Modules, Networks, Stack
 from weightnet.tokens.probes import (
     ProbesConfig,
+    network_outputs,
     probe_responses,
     response_features,
     response_statistics,
@@ -24,6 +25,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "TOKEN_MESSAGES",
     "Layout",
+    "Modules",
     "Networks",
     "ProbesConfig",
     "Stack",
@@ -35,6 +37,7 @@ __all__ = [
     "layer_norms",
     "layout",
     "message_statistics",
+    "network_outputs",
     "probe_responses",
     "read_networks",
     "response_features",

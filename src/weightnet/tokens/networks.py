@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import nn
 
 from weightnet.symmetry.spec import PermutationSpec
 from weightnet.tokens.layout import LayerLayout, Layout, Rows, layout, rows, spec_id
 from weightnet.tokens.tokenizer import Floats, ListColumn, TokensConfig, detokenize, tokenize
 
 STACK_VALUES = 1 << 24  # weights that a stack holds at most, unless one network alone has more
+
+Modules = Callable[[Mapping[str, Any]], nn.Module]
+"""Builds the module of a network from its row of the table, in eval mode, its weights unset."""
 
 
 class TokenPart:
@@ -64,13 +69,15 @@ class Networks:
 
     ``frame`` has one row per network (columns: docs/SHARDS.md, networks.parquet), index 0 .. B-1;
     ``specs`` maps its column ``spec`` to the permutation spec. ``parts`` and ``places`` [B, 2]
-    (part, number within it) say where the tokens lie; selections share them.
+    (part, number within it) say where the tokens lie; selections share them. ``modules`` builds
+    the modules, for those who run the networks; tokens and weights are read without.
     """
 
     frame: pd.DataFrame
     specs: Mapping[str, PermutationSpec]
     parts: tuple[TokenPart, ...]
     places: NDArray[np.int64]
+    modules: Modules | None = None
 
     @classmethod
     def from_states(
@@ -128,7 +135,25 @@ class Networks:
             chosen = np.flatnonzero(chosen)
         chosen = chosen.astype(np.int64)
         frame = self.frame.iloc[chosen].reset_index(drop=True)
-        return Networks(frame, self.specs, self.parts, self.places[chosen])
+        return replace(self, frame=frame, places=self.places[chosen])
+
+    def runnable(self, modules: Modules) -> Networks:
+        """The same networks, which can also be run."""
+        return replace(self, modules=modules)
+
+    def module(self, position: int) -> nn.Module:
+        """The module of one network, shared with others of its architecture.
+
+        Raises:
+            ValueError: if the networks came without modules.
+        """
+        if self.modules is None:
+            raise ValueError(
+                "networks must come with their modules to be run, however: they are tokens alone; "
+                "call networks.runnable(modules)"
+            )
+        row = self.frame.iloc[position]
+        return self.modules({str(name): value for name, value in row.items()})
 
     def spec(self, position: int) -> PermutationSpec:
         """The spec of one network."""

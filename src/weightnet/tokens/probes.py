@@ -95,7 +95,7 @@ def probe_responses(
         stack.callback(module.train, training)
         module.eval()
         given = {name: tensor.to(inputs) for name, tensor in state.items()}
-        given |= _untrained(module, given)
+        given |= _untrained(module, given, torch.float64)
         for part_inputs in inputs.split(64):
             functional_call(module, given, (part_inputs,))
     for layer in spec.layers:
@@ -109,15 +109,34 @@ def probe_responses(
     }
 
 
-def _untrained(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the weights leave out: constants as they are, in float64; zeros for what has no storage
-    (integer counters)."""
+def network_outputs(module: nn.Module, state: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    """What a network answers to ``inputs`` [N, ...]: [N, C]; differentiable in the inputs.
+
+    Args:
+        module, state: as in `probe_responses`; the dtype is that of the inputs.
+    """
+    training = module.training
+    module.eval()
+    try:
+        given = {name: tensor.to(inputs.dtype) for name, tensor in state.items()}
+        given |= _untrained(module, given, inputs.dtype)
+        answered: Tensor = functional_call(module, given, (inputs,))
+    finally:
+        module.train(training)
+    return answered
+
+
+def _untrained(
+    module: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What the weights leave out: constants as they are, in ``dtype``; zeros for what has no
+    storage (integer counters)."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     left_out = {name: tensor for name, tensor in tensors if name not in state}
     return {
         name: torch.zeros(tensor.shape, dtype=tensor.dtype)
         if tensor.is_meta
-        else (tensor.double() if tensor.is_floating_point() else tensor)
+        else (tensor.to(dtype) if tensor.is_floating_point() else tensor)
         for name, tensor in left_out.items()
     }
 
