@@ -21,10 +21,11 @@ from weightnet.command import (
     load_names,
     load_section,
     reported,
+    write_table,
     writing,
 )
 from weightnet.compute import default_jobs, tell, worker_pool
-from weightnet.durable import expect_writable, replace_file, sweep
+from weightnet.durable import expect_writable, sweep
 from weightnet.evaluation.splits import SPLITS, SplitsConfig, assign
 from weightnet.params import Params
 from weightnet.predictors import Prediction, build, config_class
@@ -183,8 +184,7 @@ def main(
                 trained = train_seeds(training, bar)
                 bar.finish()
             predictions = pd.concat(one.predictions for one in trained)
-            with replace_file(PREDICTIONS / f"{where}.parquet") as temporary:
-                predictions.to_parquet(temporary, index=False)
+            write_table(predictions, PREDICTIONS / f"{where}.parquet")
         shutil.rmtree(CHECKPOINTS / where, ignore_errors=True)
         conclude(
             f"train_predictor {where}",
