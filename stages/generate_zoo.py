@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from pydantic import ConfigDict
 
-from weightnet.command import conclude, load_section, reported, writing
-from weightnet.durable import replace_file, sweep
+from weightnet.command import conclude, load_section, reported, write_table, writing
+from weightnet.durable import sweep
 from weightnet.params import Params
 from weightnet.zoo.imported import ImportedConfig, read_recipes
 from weightnet.zoo.recipes import FamilyConfig, RecipeConfig, sample_recipes
@@ -41,8 +41,7 @@ def main(
         path = RECIPES / f"{family}.parquet"
         with writing(path):
             sweep(path.parent, path.name)
-            with replace_file(path) as temporary:
-                recipes.to_parquet(temporary, index=False)
+            write_table(recipes, path)
         stacks = recipes["stack"].nunique()
         conclude(f"generate_zoo {family}", done=f"{len(recipes)} recipes in {stacks} stacks")
 

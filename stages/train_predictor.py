@@ -21,10 +21,11 @@ from weightnet.command import (
     load_names,
     load_section,
     reported,
+    write_table,
     writing,
 )
 from weightnet.compute import default_jobs, tell, worker_pool
-from weightnet.durable import expect_writable, replace_file, sweep
+from weightnet.durable import expect_writable, replace_folder, sweep
 from weightnet.evaluation.splits import SPLITS, SplitsConfig, assign
 from weightnet.params import Params
 from weightnet.predictors import Prediction, build, config_class, entry
@@ -57,6 +58,7 @@ class Training:
     families: list[str]
     config: TrainConfig
     settings: Params
+    curves: Path  # the folder, not in its place yet
 
 
 class Trained(NamedTuple):
@@ -100,7 +102,7 @@ def train_seed(training: Training, seed: int, tell: Callable[[str], object]) -> 
     validation = networks.select((parts == "validation").to_numpy())
     checkpoint = CHECKPOINTS / where / f"seed{seed}"
     with Live(
-        str(CURVES / where / f"seed{seed}"), report=None, save_dvc_exp=False, dvcyaml=None
+        str(training.curves / f"seed{seed}"), report=None, save_dvc_exp=False, dvcyaml=None
     ) as live:
 
         def log(metrics: dict[str, float], step: int) -> None:
@@ -173,22 +175,25 @@ def main(
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, however: {split=}")
         where = f"{predictor}-{split}"
-        expect_only(TOKENS, load_names("families"), "tokenize_zoo")
-        training = Training(predictor, split, load_names("families"), config, settings)
+        families = load_names("families")
+        expect_only(TOKENS, families, "tokenize_zoo")
         epochs = settings.fit.epochs * settings.fit.members if hasattr(settings, "fit") else 1
         with writing(PREDICTORS / where):
             for folder in (PREDICTORS / where, PREDICTIONS, CHECKPOINTS / where):
                 expect_writable(folder)
             sweep(PREDICTORS / where)
             sweep(PREDICTIONS, f"{where}.parquet")
-            shutil.rmtree(CURVES / where, ignore_errors=True)
+            sweep(CURVES, where)
             begun = sum(1 for seed in (CHECKPOINTS / where).glob("seed*") if any(seed.iterdir()))
-            with Progress(f"train_predictor {where}", config.seeds * epochs, "steps") as bar:
+            with (
+                replace_folder(CURVES / where) as curves,
+                Progress(f"train_predictor {where}", config.seeds * epochs, "steps") as bar,
+            ):
+                training = Training(predictor, split, families, config, settings, curves)
                 trained = train_seeds(training, bar)
                 bar.finish()
             predictions = pd.concat(one.predictions for one in trained)
-            with replace_file(PREDICTIONS / f"{where}.parquet") as temporary:
-                predictions.to_parquet(temporary, index=False)
+            write_table(predictions, PREDICTIONS / f"{where}.parquet")
         shutil.rmtree(CHECKPOINTS / where, ignore_errors=True)
         conclude(
             f"train_predictor {where}",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -143,8 +144,6 @@ def test_a_disk_that_fails_late_leaves_no_half_file(
         message = fails(capsys, name, 1)
     assert words in message
     assert "run the same command again to continue" in message
-    if name == "train_predictor":  # the log of a run as it goes, which the next one removes
-        shutil.rmtree("data/curves")
     assert content(name).items() <= expected.items()
     run(name)
     assert content(name) == expected
@@ -224,6 +223,29 @@ def test_a_cut_shard_is_refused_with_the_remedy(
     message = fails(capsys, name, 2)
     assert f"{path} must be a Parquet file" in message
     assert "tokenize_zoo" in message
+    assert content(name).items() <= expected.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "maker"),
+    [
+        ("train_zoo", "data/recipes/cnn.parquet", "generate_zoo@cnn"),
+        ("tokenize_zoo", "data/recipes/cnn.parquet", "generate_zoo@cnn"),
+        ("train_predictor", "data/tokens/cnn/tokens-00000.parquet", "tokenize_zoo"),
+        ("evaluate", "data/predictions/weightnet-iid.parquet", "train_predictor@weightnet-iid"),
+        ("plot", "data/predictions/weightnet-iid.parquet", "train_predictor@weightnet-iid"),
+    ],
+)
+def test_a_flipped_bit_is_refused_with_the_remedy(
+    name: str, file: str, maker: str, folder: Path, capsys: Any
+) -> None:
+    expected, path = content(name), Path(file)
+    column = pq.read_metadata(path).row_group(0).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    flip(path, (start + column.total_compressed_size - 0.5) / path.stat().st_size)
+    message = fails(capsys, name, 2)
+    assert f"{file} must be a" in message
+    assert f"dvc repro {maker}" in message
     assert content(name).items() <= expected.items()
 
 

@@ -13,9 +13,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from weightnet.durable import replace_file
 from weightnet.lock import sole_writer
 from weightnet.params import Model, parse, read_params
 
@@ -195,7 +197,7 @@ def read_table(path: Path, stage: str) -> pd.DataFrame:
     import pandas as pd
 
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        ".parquet": pd.read_parquet,
+        ".parquet": partial(pd.read_parquet, page_checksum_verification=True),
         ".csv": pd.read_csv,
     }
     try:
@@ -208,6 +210,12 @@ def read_table(path: Path, stage: str) -> pd.DataFrame:
             f"{path} must be a whole {path.suffix} file, however: {reason}; remove it and run "
             f"`dvc repro {stage}`"
         ) from None
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a .parquet for `read_table`, whole or not at all, with a checksum of each page."""
+    with replace_file(path) as temporary:
+        table.to_parquet(temporary, index=False, write_page_checksum=True)
 
 
 def load_names(key: str) -> list[str]:

@@ -120,7 +120,7 @@ def _read(file: pq.ParquetFile) -> pa.Table:
 def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a file for a block that reads it; whatever is broken in it is a ValueError there."""
     try:
-        with pq.ParquetFile(path, memory_map=True) as file:
+        with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
             yield file
     except FileNotFoundError:
         raise ValueError(f"{path} must exist, however: no such file; {REMEDY}") from None

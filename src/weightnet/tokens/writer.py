@@ -191,12 +191,19 @@ def _parquet_options(schema: pa.Schema, config: TokensConfig) -> dict[str, Any]:
         "use_dictionary": words,
         "use_byte_stream_split": floats,
         "write_statistics": ["run", "layer", "index"],
+        "write_page_checksum": True,
     }
 
 
 def _write_table(path: Path, table: pa.Table, name: str, config: TokensConfig) -> None:
     table = table.replace_schema_metadata(metadata(name))
-    pq.write_table(table, path, compression="zstd", compression_level=config.compression_level)
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        compression_level=config.compression_level,
+        write_page_checksum=True,
+    )
 
 
 def _networks_table(frame: pd.DataFrame) -> pa.Table:
