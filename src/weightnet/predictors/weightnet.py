@@ -16,8 +16,8 @@ packed, without padding; only the (few) layers are padded and masked.
 With some hundred networks to learn from, boosted trees read the statistics better than a
 perceptron does and the attention reads what no statistic holds, so that both are fitted and
 averaged in equal parts (``trees``). `weightnet_probe` also distills probes of its own from the
-training networks; networks that share the inputs and outputs of some of these are predicted by
-trees on how they answer, too (`LearnedProbes`).
+training networks (`LearnedProbes`); networks that share the inputs and outputs of some of these
+are predicted by trees that read how they answer, beside the statistics.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
 _LIMIT = 5.0  # standard deviations beyond which features are cut off
 _REACH = 1.5  # standard deviations that the network reads: it must not extrapolate to new families
 ACCURACY = "test_accuracy"  # learned probes are distilled from the networks that are best at it
-ANSWERED = 0.8  # share of the trees that read answers to learned probes, where there are any
 _SCALES = (1.0, 30.0)  # features are read as asinh(scale * x): small and large values both resolve
 
 
@@ -565,8 +564,7 @@ class WeightNetPredictor(ModulePredictor):
         if self.trees.bags:
             mean = (mean + self.trees.predict(self.reader.rows(networks))) / 2
         if self.probes is not None and (known := self._answered(networks)).any():
-            told = self.answer_trees.predict(self._answer_rows(networks)[known])
-            mean[known] += ANSWERED * (told - mean[known])
+            mean[known] = self.answer_trees.predict(self._answer_rows(networks)[known])
         return mean, spread
 
     def _answer_rows(self, networks: Networks) -> Array:
