@@ -180,3 +180,18 @@ def test_the_probing_predictor_takes_networks_too() -> None:
     files = model.predict(networks[0].state_dict(), architecture="cnn", arguments=SMALL)
     same = model.predict(networks[0], shape=(1, 14, 14))  # the probes have this size
     assert np.allclose(files["order"], same["order"])
+
+
+def test_learned_probes_are_answered_by_modules_and_files_alike() -> None:
+    networks = [network(seed) for seed in range(16)]
+    fit = {"epochs": 1, "patience": 1}
+    config = {"width": 8, "heads": 2, "blocks": 1, "points": 2, "fit": fit}
+    config["learned_probes"] = {"per_class": 1, "steps": 2}
+    model = WeightNet("weightnet_probe", config=config, preparation={"probes": {"count": 2}})
+    measured = pd.DataFrame({"test_accuracy": np.linspace(0, 1, 16)})
+    model.fit(networks, measured, shape=(1, 14, 14))
+    modules = model.predict(networks[0], shape=(1, 14, 14))
+    files = model.predict(networks[0].state_dict(), architecture="cnn", arguments=SMALL)
+    assert np.allclose(files["test_accuracy"], modules["test_accuracy"])
+    (learned,) = model.predictor_.probes.sets
+    assert learned.images.shape == (30, 1, 14, 14)

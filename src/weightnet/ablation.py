@@ -82,6 +82,15 @@ ABLATIONS: tuple[Ablation, ...] = (
         )
         for count in (8, 16, 64)
     ),
+    *(
+        Ablation(
+            f"learned-probes-{count}",
+            "probes",
+            (f"train_predictor.weightnet_probe.learned_probes.per_class={count}",),
+            "weightnet_probe",
+        )
+        for count in (0, 2, 20)
+    ),
     Ablation("blocks-1", "size", (f"{_W}.blocks=1",)),
     Ablation("blocks-4", "size", (f"{_W}.blocks=4",)),
     Ablation("width-32", "size", (f"{_W}.width=32",)),

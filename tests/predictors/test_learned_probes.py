@@ -21,6 +21,7 @@ from weightnet.predictors.learned_probes import (
     LearnedProbesConfig,
     _chances,
     _compare,
+    _smooth,
     _standardized,
 )
 from weightnet.symmetry import permute, random_permutation, trace
@@ -148,3 +149,15 @@ def test_who_reads_weights_alone_may_not_run_networks() -> None:
     tokens = replace(make_networks(2, seed=1), modules=None)
     with pytest.raises(ValueError, match="must come with their modules"):
         tokens.module(0)
+    learned = LearnedProbes(LearnedProbesConfig(per_class=1), seed=0)
+    with pytest.raises(ValueError, match=r"call networks\.runnable"):
+        learned.features(tokens)
+
+
+def test_probes_are_drawn_for_inputs_of_any_rank() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ([5], [3, 7], [2, 6, 4], [1, 3, 4, 5]):
+        drawn = _smooth(3, shape, generator)
+        assert drawn.shape == (3, *shape)
+        if len(shape) > 1:  # a row of independent values is drawn as it is
+            np.testing.assert_allclose(drawn.flatten(1).std(1), 1, atol=1e-3)

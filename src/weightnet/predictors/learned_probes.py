@@ -41,6 +41,7 @@ NOISE = (0.0, 0.4, 1.0)  # standard deviations of the noise on the copies of eac
 TEACHERS = 24  # most accurate training networks, from which the probes of a task are distilled
 TEACHERS_A_STEP = 6
 CONSENSUS = 40  # most accurate training networks, whose answers count as right
+MOST = 200  # probes of a task, however many classes it has
 FEWEST = 10  # training networks of a task, or it has no probes
 RATE = 0.08  # of Adam, in standard deviations of an image
 SLOPE = 2.0  # of the amplitude over spatial frequency, of the images at first
@@ -81,8 +82,13 @@ class LearnedProbes:
 
     def fit(self, networks: Networks, accuracy: Array) -> None:
         """Distill the probes of each task from training networks with these accuracies [B] (in any
-        increasing unit; NaN where unknown)."""
+        increasing unit; NaN where unknown).
+
+        Raises:
+            ValueError: if the networks cannot be run.
+        """
         self.sets = []
+        _expect_runnable(networks)
         classes = _outputs(networks)
         keys = networks.frame[["input", "task"]].astype(str).assign(classes=classes)
         for key, rows in keys.groupby(list(keys)).groups.items():
@@ -110,7 +116,12 @@ class LearnedProbes:
 
     def features(self, networks: Networks) -> Features:
         """How each network answers the probes of the set that it agrees with most, NaN without
-        one."""
+        one.
+
+        Raises:
+            ValueError: if the networks cannot be run.
+        """
+        _expect_runnable(networks)
         names = tuple(f"learned_{name}_{level:g}" for level in NOISE for name in COLUMNS)
         values = np.full((len(networks), len(names)), np.nan)
         shown = [(one, torch.from_numpy(one.images)) for one in self.sets]
@@ -155,7 +166,7 @@ class LearnedProbes:
         self, teachers: Networks, shape: list[int], classes: int, generator: torch.Generator
     ) -> Tensor:
         """Images [N, ...] on which the teachers agree."""
-        count = classes * self.config.per_class
+        count = min(classes * self.config.per_class, MOST)
         label = torch.arange(count) % classes
         other = (label + torch.randint(1, classes, (count,), generator=generator)) % classes
         share = torch.rand(count, 1, generator=generator) * 0.5
@@ -175,6 +186,15 @@ class LearnedProbes:
             (images.grad,) = torch.autograd.grad(loss, [images])
             optimizer.step()
         return images.detach()
+
+
+def _expect_runnable(networks: Networks) -> None:
+    if networks.modules is None or "input" not in networks.frame:
+        raise ValueError(
+            "networks must come with their modules and the column input to be probed, however: "
+            f"modules={networks.modules}, columns {', '.join(map(str, networks.frame.columns))}; "
+            "call networks.runnable(modules), or set learned_probes.per_class=0"
+        )
 
 
 def _outputs(networks: Networks) -> list[int]:

@@ -31,13 +31,17 @@ class Entry:
 
 PREDICTORS: dict[str, Entry] = {
     "weightnet": Entry(
-        "ours", "weightnet.predictors.weightnet", "WeightNetConfig", "attention over neuron tokens"
+        "ours",
+        "weightnet.predictors.weightnet",
+        "WeightNetConfig",
+        "attention over neuron tokens, averaged with LightGBM on the same statistics",
     ),
     "weightnet_probe": Entry(
         "ours",
         "weightnet.predictors.weightnet",
         "WeightNetConfig",
-        "WeightNet with each neuron's responses to data-free probe inputs",
+        "LightGBM on WeightNet's statistics and on answers to probes distilled from the "
+        "training networks; where no probes fit, WeightNet with responses to random probes",
         needs_forward=True,
     ),
     "mlp": Entry(
