@@ -140,7 +140,9 @@ def test_the_predictor_keeps_them(tmp_path: Path) -> None:
     assert np.array_equal(again, predictor.predict(test).mean)
     unknown = make_networks(12, seed=12)
     unknown.frame["input"] = json.dumps([1, 5, 5])  # only the fixed probes' answers are read
-    assert np.isfinite(predictor.predict(unknown).mean).all()
+    told, untold = predictor.predict(test), predictor.predict(unknown)
+    assert np.isfinite(untold.mean).all()
+    assert np.all(untold.high - untold.low > told.high - told.low)  # and less is known
 
 
 def test_who_reads_weights_alone_may_not_run_networks() -> None:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from weightnet.params import Params
 from weightnet.predictors.features import Encoder, Features, weight_features
 from weightnet.predictors.fitting import Batches, FitConfig
-from weightnet.predictors.interface import Log, Predictor
+from weightnet.predictors.interface import Log, Predictor, read_arrays, write_arrays
 from weightnet.predictors.learned import ModulePredictor
 from weightnet.predictors.learned_probes import LearnedProbes, LearnedProbesConfig
 from weightnet.predictors.scaling import Array
@@ -524,6 +524,7 @@ class WeightNetPredictor(ModulePredictor):
         super().__init__(name, config, properties, seed, reader=reader, fit=config.fit)
         self.trees, self.answer_trees = TreeBags(config.trees), TreeBags(config.trees)
         self.probes = LearnedProbes(learned, seed) if learned.per_class else None
+        self.narrower = np.ones(len(properties))  # the spread where there are answers
         self._answers: WeakKeyDictionary[Networks, Array] = WeakKeyDictionary()
 
     def _train(
@@ -558,13 +559,30 @@ class WeightNetPredictor(ModulePredictor):
                     validation_targets[held_out_known],
                     seed=self.seed,
                 )
+                self.narrower = self._gain(validation, validation_targets)
+
+    def _gain(self, validation: Networks, targets: Array) -> Array:
+        """How large the errors are of trees that read answers, in units of those without [P]."""
+        known = self._answered(validation)
+        told = self.answer_trees.predict(self._answer_rows(validation)[known]) - targets[known]
+        untold = self._estimate_untold(validation)[0][known] - targets[known]
+        measured = np.isfinite(told)
+        squares = [np.where(measured, one, 0) ** 2 for one in (told, untold)]
+        least = np.finfo(np.float64).tiny
+        return np.sqrt((squares[0].sum(0) + least) / (squares[1].sum(0) + least)).clip(0.1, 1)
 
     def _estimate(self, networks: Networks) -> tuple[Array, Array]:
+        mean, spread = self._estimate_untold(networks)
+        if self.probes is not None and (known := self._answered(networks)).any():
+            mean[known] = self.answer_trees.predict(self._answer_rows(networks)[known])
+            spread[known] *= self.narrower
+        return mean, spread
+
+    def _estimate_untold(self, networks: Networks) -> tuple[Array, Array]:
+        """The network and the trees on statistics, which need no answers."""
         mean, spread = super()._estimate(networks)
         if self.trees.bags:
             mean = (mean + self.trees.predict(self.reader.rows(networks))) / 2
-        if self.probes is not None and (known := self._answered(networks)).any():
-            mean[known] = self.answer_trees.predict(self._answer_rows(networks)[known])
         return mean, spread
 
     def _answer_rows(self, networks: Networks) -> Array:
@@ -586,6 +604,7 @@ class WeightNetPredictor(ModulePredictor):
         if self.probes is not None:
             self.probes.write(folder)
             self.answer_trees.write(folder, "answer-trees.json")
+            write_arrays(folder / "answers.safetensors", {"narrower": self.narrower})
 
     def _read(self, folder: Path) -> None:
         super()._read(folder)
@@ -593,6 +612,7 @@ class WeightNetPredictor(ModulePredictor):
         if self.probes is not None:
             self.probes.read(folder)
             self.answer_trees.read(folder, "answer-trees.json")
+            self.narrower = read_arrays(folder / "answers.safetensors")["narrower"]
 
 
 def build(name: str, config: WeightNetConfig, properties: Sequence[str], seed: int) -> Predictor:
