@@ -92,6 +92,37 @@ def test_a_stage_ends_with_the_dvc_that_started_it(folder: Path) -> None:
     killing.finish(folder, TRAIN_ZOO, jobs=1)
 
 
+def test_a_stage_ends_whose_dvc_was_killed_while_python_started(folder: Path) -> None:
+    shutil.rmtree(folder / "data/zoo")
+    # the stage is started, and DVC killed, before it can know who its parent was
+    slow = ["sh", "-c", 'sleep 1; exec "$@"', "sh", *killing.command(TRAIN_ZOO)]
+    code = f"import subprocess, time; subprocess.Popen({slow!r}); time.sleep(0.3)"
+    variables = {"PYTHONPATH": str(ROOT / "src"), "DVC_STAGE": "train_zoo@cnn"}
+    parent = killing.launch(folder, [sys.executable, "-c", code], WEIGHTNET_JOBS="1", **variables)
+    _, errors = parent.communicate(timeout=60)
+    assert "interrupted; run the same command again to continue" in errors
+    assert not (folder / "data/zoo").exists()
+
+
+def test_a_stage_waits_for_an_owner_whose_dvc_was_killed(folder: Path) -> None:
+    expected = killing.content(folder, TRAIN_ZOO)
+    shutil.rmtree(folder / "data/zoo")
+    code = f"import subprocess; subprocess.run({killing.command(TRAIN_ZOO)!r})"
+    variables = {"PYTHONPATH": str(ROOT / "src"), "DVC_STAGE": "train_zoo@cnn"}
+    parent = killing.launch(folder, [sys.executable, "-c", code], WEIGHTNET_JOBS="1", **variables)
+    wait_for(folder, "data/zoo/cnn")
+    owner = json.loads((folder / "data/.locks/data-zoo-cnn.json").read_text())["process"]
+    os.kill(owner, signal.SIGSTOP)  # it is slow to end
+    os.kill(parent.pid, signal.SIGKILL)
+    successor = killing.start(folder, TRAIN_ZOO, jobs=1)
+    time.sleep(15)  # it has come to the lock
+    os.kill(owner, signal.SIGCONT)
+    _, errors = successor.communicate(timeout=60)
+    assert successor.returncode == 0, errors
+    parent.communicate(timeout=60)
+    assert killing.content(folder, TRAIN_ZOO) == expected
+
+
 def test_a_stage_does_not_fight_a_living_one(folder: Path) -> None:
     shutil.rmtree(folder / "data/zoo")
     first = killing.start(folder, TRAIN_ZOO, jobs=1)

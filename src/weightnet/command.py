@@ -133,6 +133,9 @@ def _signals() -> Iterator[None]:
     ended = threading.Event()
     if "DVC_STAGE" in os.environ:
         parent = os.getppid()
+        if _adopted(parent):
+            signal.signal(signal.SIGTERM, before)
+            raise Terminated  # DVC was killed while Python started
 
         def watch() -> None:
             while not ended.wait(ORPHAN_SECONDS):
@@ -146,6 +149,17 @@ def _signals() -> Iterator[None]:
     finally:
         ended.set()
         signal.signal(signal.SIGTERM, before)
+
+
+def _adopted(parent: int) -> bool:
+    """Whether ``parent`` is the system's process that takes over orphans, not the one that DVC
+    started this command in."""
+    try:
+        if os.getsid(parent) != os.getsid(0):
+            return True
+        return parent == 1 and b"dvc" not in Path("/proc/1/cmdline").read_bytes()
+    except OSError:  # it has just ended, or lies outside of our view
+        return os.getppid() != parent
 
 
 def _stop(message: str, code: int) -> NoReturn:

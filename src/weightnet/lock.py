@@ -19,18 +19,26 @@ from pathlib import Path
 from typing import Any
 
 LOCKS = Path("data/.locks")
+PATIENCE = 60.0  # seconds for an owner to end whose DVC was killed
 
 
 @contextmanager
 def sole_writer(output: Path) -> Iterator[None]:
     """Hold the lock of ``output`` for the block. A dead owner's lock is taken over, and said.
 
+    An owner whose DVC was killed is about to end: it is waited for.
+
     Raises:
         ValueError: if a living process holds it.
     """
     path = LOCKS / ("-".join(output.parts) + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _lock(path, output)
+    deadline = time.monotonic() + PATIENCE
+    while (descriptor := _lock(path)) is None:
+        owner = _read(path)
+        if not _orphaned(owner) or time.monotonic() > deadline:
+            raise ValueError(_refusal(output, owner))
+        time.sleep(0.2)
     try:
         owner = _read(path)
         if owner and owner["process"] != os.getpid():
@@ -53,16 +61,18 @@ def sole_writer(output: Path) -> Iterator[None]:
 
 def started(process: int) -> str | None:
     """When a process was started, in the kernel's ticks since the machine was; None if there is no
-    such process, or no /proc to look it up in."""
+    such process, or it has ended and only its name is left, or no /proc to look it up in."""
     try:
         text = Path(f"/proc/{process}/stat").read_text()
     except OSError:
         return None
-    return text.rpartition(")")[2].split()[19]  # the name before it may hold spaces
+    state, *fields = text.rpartition(")")[2].split()  # the name before it may hold spaces
+    return None if state in "ZX" else fields[18]
 
 
-def _lock(path: Path, output: Path) -> int:
-    """Open and lock ``path``, the file that still bears this name once it is locked."""
+def _lock(path: Path) -> int | None:
+    """Open and lock ``path``, the file that still bears this name once it is locked; None if
+    another process holds the lock."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -72,7 +82,7 @@ def _lock(path: Path, output: Path) -> int:
                     return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise ValueError(_refusal(output, _read(path))) from None
+            return None
         except BaseException:
             os.close(descriptor)
             raise
@@ -81,15 +91,30 @@ def _lock(path: Path, output: Path) -> int:
 
 def _myself() -> dict[str, Any]:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"process": os.getpid(), "started": started(os.getpid()), "since": since}
+    parent = os.getppid() if "DVC_STAGE" in os.environ else None
+    return {
+        "process": os.getpid(),
+        "started": started(os.getpid()),
+        "since": since,
+        "parent": parent and [parent, started(parent)],
+    }
+
+
+def _orphaned(owner: dict[str, Any]) -> bool:
+    """Whether DVC started the owner, and has ended before it. The owner notices within seconds
+    (see command.py)."""
+    parent = owner.get("parent")
+    return parent is not None and started(parent[0]) != parent[1]
 
 
 def _read(path: Path) -> dict[str, Any]:
     """What the owner wrote; nothing if it did not come to it."""
     try:
         owner = json.loads(path.read_text())
-        return {"process": int(owner["process"]), **{k: owner[k] for k in ("started", "since")}}
-    except (OSError, ValueError, KeyError, TypeError):
+        parent = owner.get("parent") and [int(owner["parent"][0]), owner["parent"][1]]
+        kept = {k: owner[k] for k in ("started", "since")}
+        return {"process": int(owner["process"]), **kept, "parent": parent}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return {}
 
 
