@@ -9,6 +9,7 @@ import torch
 import typer
 from pydantic import Field
 
+from weightnet import command
 from weightnet.command import (
     conclude,
     expect_only,
@@ -58,7 +59,8 @@ def read_predictions(predictors: list[str], splits: list[str]) -> pd.DataFrame:
     for predictor in predictors:
         for split in splits:
             path = PREDICTIONS / f"{predictor}-{split}.parquet"
-            table = read_table(path, f"train_predictor@{predictor}-{split}")
+            made_by = f"train_predictor@{predictor}-{split}"
+            table = read_table(path, made_by, command.PREDICTIONS)
             frames.append(table.assign(predictor=predictor, split=split))
     return pd.concat(frames, ignore_index=True)
 

@@ -7,6 +7,7 @@ import pandas as pd
 import typer
 from matplotlib.figure import Figure
 
+from weightnet import command
 from weightnet.command import (
     conclude,
     expect_only,
@@ -90,7 +91,7 @@ def main() -> None:
         expect_only(PREDICTIONS, pairs, "train_predictor")
         expect_only(CURVES, pairs, "train_predictor")
         networks = read_networks([TOKENS / family for family in families]).frame
-        scores = read_table(METRICS / "scores.csv", "evaluate")
+        scores = read_table(METRICS / "scores.csv", "evaluate", command.SCORES)
         unknown = sorted(set(config.properties) - set(scores["property"]))
         if unknown:
             raise ValueError(
@@ -100,7 +101,9 @@ def main() -> None:
         audit = read_table(METRICS / "audit.csv", "evaluate")
         predictions = pd.concat(
             read_table(
-                PREDICTIONS / f"{name}-{split}.parquet", f"train_predictor@{name}-{split}"
+                PREDICTIONS / f"{name}-{split}.parquet",
+                f"train_predictor@{name}-{split}",
+                command.PREDICTIONS,
             ).assign(predictor=name, split=split)
             for name in predictors
             for split in splits

@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 import typer
 
+from weightnet import command
 from weightnet.architecture import build_architecture
 from weightnet.command import (
     conclude,
@@ -45,7 +46,8 @@ class TokenizeConfig(Params):
 
 def describe(family: str) -> tuple[pd.DataFrame, dict[str, PermutationSpec]]:
     """One row a network as docs/SHARDS.md asks, and the spec of each architecture, traced."""
-    recipes = read_table(RECIPES / f"{family}.parquet", f"generate_zoo@{family}")
+    path = RECIPES / f"{family}.parquet"
+    recipes = read_table(path, f"generate_zoo@{family}", command.RECIPES, unique="run")
     if "architecture" not in recipes:
         recipes = recipes.assign(architecture=family)
     shapes = recipes["input"] if "input" in recipes else recipes["arguments"].map(image_shape)

@@ -9,6 +9,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 
+from weightnet import command
 from weightnet.command import (
     CONTINUE,
     FAILURE,
@@ -42,7 +43,10 @@ def main(
     """
     with reported():
         config = load_section(TrainingConfig, "train_zoo")
-        recipes = read_table(RECIPES / f"{family}.parquet", f"generate_zoo@{family}")
+        path, made_by = RECIPES / f"{family}.parquet", f"generate_zoo@{family}"
+        recipes = read_table(path, made_by, command.RECIPES, unique="run")
+        if "source" not in recipes:
+            recipes = read_table(path, made_by, command.OWN_RECIPES)
         folder = ZOO / family
         with writing(folder):
             expect_writable(folder)

@@ -317,6 +317,10 @@ def test_an_unknown_property_of_the_figures_is_refused(
     Path("metrics").mkdir()
     for name in ("scores", "audit", "differences", "splits", "importance", "agreement"):
         Path(f"metrics/{name}.csv").write_text("property\ntest_accuracy\n")
+    Path("metrics/scores.csv").write_text(
+        "predictor,split,property,subset,metric,value,low,high,n\n"
+        "mean,iid,test_accuracy,all,tau,0,0,0,3\n"
+    )
     params["plot"]["properties"] = ["beauty"]
     assert "beauty" in refused(capsys, params, "plot")
 
@@ -332,3 +336,42 @@ def test_help_explains_itself(stage: str) -> None:
     assert result.exit_code == 0
     assert "params.yaml" in result.output
     assert json.dumps(result.output).count("TODO") == 0
+
+
+BAD_TABLES: list[tuple[str, Callable[[pd.DataFrame], pd.DataFrame]]] = [
+    ("it has no rows", lambda table: table[:0]),
+    ("no column stack", lambda table: table.drop(columns="stack")),
+    ("column width is not numbers", lambda table: table.assign(width="wide")),
+    ("column learning_rate has values", lambda table: table.assign(learning_rate=float("nan"))),
+    ("column task is not text", lambda table: table.assign(task=7)),
+    ("column run repeats", lambda table: pd.concat([table, table])),
+]
+
+
+@pytest.mark.parametrize(("fact", "spoil"), BAD_TABLES)
+def test_spoilt_recipes_cost_no_trained_stack(
+    fact: str,
+    spoil: Callable[[pd.DataFrame], pd.DataFrame],
+    params: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    smoke.write(Path("params.yaml"), params)
+    MAINS["generate_zoo"]("cnn")
+    stack = Path("data/zoo/cnn/0123456789abcdef")  # stale to any recipes, so it would be pruned
+    stack.mkdir(parents=True)
+    (stack / "weights.safetensors").write_bytes(b"dear")
+    path = Path("data/recipes/cnn.parquet")
+    spoil(pd.read_parquet(path)).to_parquet(path, index=False)
+    capsys.readouterr()
+    assert fact in refused(capsys, params, "train_zoo")
+
+
+def test_deep_yaml_is_refused(
+    params: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del params
+    Path("params.yaml").write_text("families: " + "[" * 5000 + "]" * 5000, encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        MAINS["generate_zoo"]("cnn")
+    assert stopped.value.code == 2
+    assert "nested too deeply" in capsys.readouterr().err

@@ -10,12 +10,12 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from weightnet.durable import replace_file
 from weightnet.lock import sole_writer
@@ -202,11 +202,36 @@ def require(path: Path, stage: str) -> Path:
     return path
 
 
-def read_table(path: Path, stage: str) -> pd.DataFrame:
+Columns = Mapping[str, Literal["text", "number", "measurement"]]
+"""What a table must have: text, finite numbers, or numbers that may be missing or infinite."""
+
+RECIPES: Columns = {"run": "text", "stack": "text", "width": "number"}
+OWN_RECIPES: Columns = {
+    **RECIPES,
+    **dict.fromkeys(("family", "task", "arguments", "optimizer", "initialization"), "text"),
+    **dict.fromkeys(("batch_size", "steps", "train_images", "seed", "augmentation"), "number"),
+    **dict.fromkeys(("learning_rate", "weight_decay", "dropout", "label_noise"), "number"),
+    "initialization_scale": "number",
+}
+PREDICTIONS: Columns = {
+    **dict.fromkeys(("run", "family", "task", "part", "property"), "text"),
+    **dict.fromkeys(("predicted", "seed"), "number"),
+    **dict.fromkeys(("measured", "low", "high"), "measurement"),
+}
+SCORES: Columns = {
+    **dict.fromkeys(("predictor", "split", "property", "subset", "metric"), "text"),
+    **dict.fromkeys(("value", "low", "high", "n"), "measurement"),
+}
+
+
+def read_table(
+    path: Path, stage: str, columns: Columns | None = None, *, unique: str = ""
+) -> pd.DataFrame:
     """Read the .parquet or .csv that ``stage`` made.
 
     Raises:
-        ValueError: if it is missing or broken.
+        ValueError: if it is missing or broken, or lacks rows or what ``columns`` asks, or repeats
+            a value of the column ``unique``.
     """
     import pandas as pd
 
@@ -214,16 +239,43 @@ def read_table(path: Path, stage: str) -> pd.DataFrame:
         ".parquet": partial(pd.read_parquet, page_checksum_verification=True),
         ".csv": pd.read_csv,
     }
+    remedy = f"remove it and run `dvc repro {stage}`"
     try:
-        return readers[path.suffix](require(path, stage))
+        table = readers[path.suffix](require(path, stage))
     except (OSError, ValueError) as error:
         if not path.exists():
             raise
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{path} must be a whole {path.suffix} file, however: {reason}; remove it and run "
-            f"`dvc repro {stage}`"
+            f"{path} must be a whole {path.suffix} file, however: {reason}; {remedy}"
         ) from None
+    fact = _lack(table, columns, unique) if columns is not None else ""
+    if fact:
+        raise ValueError(f"{path} must be as {stage} makes it, however: {fact}; {remedy}")
+    return table
+
+
+def _lack(table: pd.DataFrame, columns: Columns, unique: str) -> str:
+    """What ``table`` lacks of ``columns``, in words; nothing if nothing."""
+    import numpy as np
+    import pandas as pd
+
+    if table.empty:
+        return "it has no rows"
+    for name, kind in columns.items():
+        if name not in table:
+            return f"it has no column {name}"
+        values = table[name]
+        if kind == "text":
+            if not all(isinstance(value, str) for value in values):
+                return f"column {name} is not text"
+        elif not pd.api.types.is_numeric_dtype(values):
+            return f"column {name} is not numbers"
+        elif kind == "number" and not np.isfinite(values.to_numpy(dtype=float)).all():
+            return f"column {name} has values that are not finite"
+    if unique and table[unique].duplicated().any():
+        return f"column {unique} repeats {table[unique][table[unique].duplicated()].iat[0]}"
+    return ""
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

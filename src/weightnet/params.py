@@ -38,6 +38,10 @@ def read_params(path: Path) -> dict[str, Any]:
         data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be YAML 1.2, however: {error}; correct the file") from None
+    except RecursionError:
+        raise ValueError(
+            f"{path} must be YAML 1.2, however: it is nested too deeply; correct the file"
+        ) from None
     if not isinstance(data, dict):
         raise ValueError(
             f"{path} must be a mapping of sections, however: it is {type(data).__name__}"
