@@ -21,6 +21,7 @@ from weightnet.ablation import (
     check,
     choose,
     compare,
+    keep,
     split_hashes,
 )
 from weightnet.evaluation.scores import ScoresConfig
@@ -155,3 +156,16 @@ def test_ablations_run_as_experiments(tmp_path: Path) -> None:
     own = table[(table["ablation"] == "no-statistics") & (table["metric"] == "mae")]
     assert (own["difference"] != 0).any()
     assert (folder / "params.yaml").read_text() == before
+
+
+def test_ablations_from_elsewhere_stay_while_their_base_does() -> None:
+    networks, config = make_networks(), ScoresConfig(draws=20)
+    base, worse = make_predictions(0.1), make_predictions(0.5)
+    earlier = compare({WORSE: worse}, {"weightnet": base}, networks, config, "iid")
+    alone = compare({}, {"weightnet": base}, networks, config, "iid")
+    assert set(alone["ablation"]) == {"base"}
+    kept = keep(earlier, alone)
+    pd.testing.assert_frame_equal(kept, earlier, check_dtype=False)
+    changed = compare({}, {"weightnet": make_predictions(0.2)}, networks, config, "iid")
+    assert set(keep(earlier, changed)["ablation"]) == {"base"}
+    pd.testing.assert_frame_equal(keep(earlier, earlier), earlier)

@@ -188,6 +188,8 @@ def collect(split: str) -> pd.DataFrame:
 
     Returns:
         The table, columns `COLUMNS`: first the bases (without a difference), then the ablations.
+        What the file already says of ablations that have run elsewhere stays, where their base is
+        what it was.
 
     Raises:
         ValueError: if a base is missing, or an ablation tested other networks than its base.
@@ -200,6 +202,11 @@ def collect(split: str) -> pd.DataFrame:
     networks = read_networks(paths).frame
     found: dict[Ablation, pd.DataFrame] = {}
     bases: dict[str, pd.DataFrame] = {}
+    earlier = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame(columns=list(COLUMNS))
+    for name in earlier["base"].unique():
+        path = Path(f"data/predictions/{name}-{split}.parquet")
+        if path.exists():
+            bases[str(name)] = pd.read_parquet(path)
     for one in ABLATIONS:
         path = Path(f"data/predictions/{one.predictor}-{split}.parquet")
         base = path.with_name(f"{one.against}-{split}.parquet")
@@ -211,10 +218,30 @@ def collect(split: str) -> pd.DataFrame:
             found[one] = table
             require(base, f"train_predictor@{one.against}-{split}")
             bases.setdefault(one.against, pd.read_parquet(base))
-    table = compare(found, bases, networks, config, split)
+    table = keep(earlier, compare(found, bases, networks, config, split))
     with replace_file(TABLE) as temporary:
         table.to_csv(temporary, index=False, float_format="%.6g")
     return table
+
+
+def keep(earlier: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """Return ``table`` with those ablations of an ``earlier`` one that it lacks and whose base has
+    the same values on the same networks in both."""
+    subject = ["base", "split", "property", "metric"]
+
+    def base_rows(rows: pd.DataFrame, name: str) -> dict[tuple[str, ...], tuple[str, str]]:
+        own = rows[(rows["ablation"] == BASE) & (rows["base"] == name)]
+        values = [f"{value:.6g}" for value in own["value"].astype(float)]
+        keys = own[subject].itertuples(index=False, name=None)
+        return dict(zip(keys, zip(values, own["hash"], strict=True), strict=True))
+
+    parts = [table]
+    for name, rows in earlier[earlier["ablation"] != BASE].groupby("ablation", sort=False):
+        base = str(rows["base"].iat[0])
+        same = base_rows(earlier, base) == base_rows(table, base) != {}
+        if same and name not in set(table["ablation"]):
+            parts.append(rows)
+    return pd.concat(parts, ignore_index=True) if len(parts) > 1 else table
 
 
 def compare(
@@ -238,7 +265,7 @@ def compare(
     from weightnet.evaluation.metrics import interval
     from weightnet.evaluation.scores import Evaluation
 
-    if not found:
+    if not bases:
         return pd.DataFrame(columns=list(COLUMNS))
     hashes = {name: split_hashes(table) for name, table in bases.items()}
     for one, table in found.items():
