@@ -29,6 +29,7 @@ makes the form idempotent bit for bit. Under `rescale` it is invariant up to rou
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -206,11 +207,20 @@ def _powers_above(views: list[torch.Tensor]) -> tuple[torch.Tensor, bool]:
     largest = torch.zeros(views[0].shape[:2], dtype=torch.float64)
     for view in views:
         if view.numel():
-            ends = (view.amax((2, 3, 4)), -view.amin((2, 3, 4)))
+            ends = _over_channel(view, torch.amax), -_over_channel(view, torch.amin)
             largest = torch.maximum(largest, torch.maximum(*ends).double())
     powers = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
     finite = largest.isfinite()
     return torch.where((largest > 0) & finite, powers, 0.0), bool(finite.all())
+
+
+def _over_channel(
+    view: torch.Tensor, reduce: Callable[[torch.Tensor, tuple[int, ...]], torch.Tensor]
+) -> torch.Tensor:
+    """Reduce each channel of a view to a number [networks, size]: first over what lies outermost
+    in memory, which is many times faster than all at once."""
+    inner = view.squeeze(3) if view.shape[3] == 1 else reduce(view, (3,))
+    return reduce(inner, (2, 3))
 
 
 def _magnitudes(

@@ -153,18 +153,23 @@ def _reorder_stack(
         if shape[at] % width or any(axis.offset % width for _, _, axis in here):
             width = 1
         count = shape[at] // width
-        index = torch.arange(count, device=tensor.device).repeat(len(tensor), 1)
-        for name, size, axis in here:
-            order, repeat = permutations[name].to(tensor.device), axis.repeat // width
-            start = axis.offset // width
-            within = start + torch.arange(repeat, device=tensor.device)
-            places = order[:, :, None] * repeat + within
-            index[:, start : start + size * repeat] = places.flatten(1)
+        index = permutations[here[0][0]].to(tensor.device)  # where it is all of the axis
+        if index.shape[1] != count:
+            index = torch.arange(count, device=tensor.device).repeat(len(tensor), 1)
+            for name, size, axis in here:
+                order, repeat = permutations[name].to(tensor.device), axis.repeat // width
+                start = axis.offset // width
+                within = start + torch.arange(repeat, device=tensor.device)
+                places = order[:, :, None] * repeat + within
+                index[:, start : start + size * repeat] = places.flatten(1)
         if len(tensor) == 1:
             wide = tensor.reshape(*shape[:at], -1, width, *shape[at + 1 :])
             tensor = wide.index_select(at, index[0]).view(shape)
         else:
             before, after = math.prod(shape[1:at]), width * math.prod(shape[at + 1 :])
+            if tensor.dim() == 2 and width == 1:  # biases and the like
+                tensor = tensor.gather(1, index)
+                continue
             starts = torch.arange(0, len(tensor) * before * count, count, device=tensor.device)
             rows = starts.view(len(tensor), before, 1) + index[:, None]
             wide = tensor.reshape(len(tensor) * before * count, after)
