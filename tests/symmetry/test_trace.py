@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from weightnet.symmetry import Axis, PermutationSpec, Segment, trace
+from weightnet.symmetry.trace import known_shape
 
 # (spaces, hidden channels, layers), by hand
 COUNTS = {
@@ -230,3 +231,31 @@ def test_shared_parameters_move_under_both_keys() -> None:
     (space,) = spec.spaces
     assert {Axis(f"{name}.weight", axis) for name in "24" for axis in (0, 1)} <= set(space.axes)
     assert not space.scalable
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(4, 6, 3, stride=2, padding=1),
+        nn.Conv2d(4, 6, (3, 1), padding=(0, 2), dilation=2, groups=2),
+        nn.Conv2d(4, 6, 3, padding="same"),
+        nn.MaxPool2d(2),
+        nn.MaxPool2d(3, stride=2, padding=1),
+        nn.MaxPool2d(2, ceil_mode=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.AdaptiveAvgPool2d((3, 2)),
+        nn.BatchNorm2d(4),
+        nn.Linear(11, 5),
+        nn.GELU(),
+        nn.Conv2d(5, 6, 3),
+        nn.Linear(9, 2),
+        nn.BatchNorm2d(3),
+        nn.MaxPool2d(20),
+    ],
+    ids=str,
+)
+def test_a_shape_told_without_running_is_the_one_that_running_gives(module: nn.Module) -> None:
+    image = torch.randn(2, 4, 9, 11)
+    told = known_shape(module, (image,))
+    if told is not None:
+        assert told == module(image).shape

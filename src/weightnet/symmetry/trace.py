@@ -48,6 +48,11 @@ from weightnet.symmetry.operations import (
 from weightnet.symmetry.spec import Axis, Layer, PermutationSpec, Segment, Space
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_POINTWISE = (
+    *(nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU),
+    *(nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh, nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid),
+    nn.Softplus,
+)
 _NORMS = (*_BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 _LEAVES = (*_NORMS, nn.Conv2d, nn.Linear, nn.PReLU, nn.MultiheadAttention)
 _ADVICE = "write it with the operations that weightnet.symmetry.operations lists"
@@ -97,7 +102,48 @@ def _draw_graph(module: nn.Module) -> fx.Graph:
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(tensor, device="meta")
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def known_shape(module: Any, args: tuple[Any, ...]) -> tuple[int, ...] | None:
+    """The shape that a simple module of torch's own gives a float, or None where it has to be run.
+    To run one on the meta device would import torch's compiler, which takes a second."""
+    if len(args) != 1 or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
+        return None
+    kind, shape = type(module), tuple(args[0].shape)
+    if 0 in shape:  # whatever is refused is for torch to refuse
+        return None
+    if kind in _POINTWISE:
+        return shape
+    if kind is nn.Linear and shape and shape[-1] == module.in_features:
+        return (*shape[:-1], module.out_features)
+    if len(shape) != 4:
+        return None
+    if kind is nn.BatchNorm2d and shape[1] == module.num_features:
+        return shape
+    if kind is nn.Conv2d and shape[1] == module.in_channels:
+        return _slid(module, shape, module.out_channels)
+    if kind is nn.MaxPool2d and not (module.ceil_mode or module.return_indices):
+        return _slid(module, shape, shape[1])
+    if kind is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):
+        return (*shape[:2], 1, 1)
+    return None
+
+
+def _slid(module: Any, shape: tuple[int, ...], channels: int) -> tuple[int, ...] | None:
+    """The shape behind a window that slides over images."""
+    if isinstance(module.padding, str):
+        return None
+    sizes = []
+    for place in (0, 1):
+        size, stride, padding, dilation = (
+            value if isinstance(value, int) else value[place]
+            for value in (module.kernel_size, module.stride, module.padding, module.dilation)
+        )
+        if type(module) is nn.MaxPool2d and 2 * padding > size:
+            return None
+        sizes.append((shape[2 + place] + 2 * padding - dilation * (size - 1) - 1) // stride + 1)
+    return (shape[0], channels, *sizes) if min(sizes) > 0 else None
 
 
 class _Walk:
@@ -249,8 +295,13 @@ class _Walk:
         path = str(node.target)
         module = self.module.get_submodule(path)
         tensors = (*module.named_parameters(), *module.named_buffers())
-        state = {key: _meta(tensor) for key, tensor in tensors}
-        result = functional_call(module, state, _raw(args), _raw(kwargs))
+        given = _raw(args)
+        shape = None if kwargs else known_shape(module, given)
+        if shape is not None:
+            result: Any = torch.empty(shape, dtype=given[0].dtype, device="meta")
+        else:
+            state = {key: _meta(tensor) for key, tensor in tensors}
+            result = functional_call(module, state, given, _raw(kwargs))
         handlers: list[tuple[Any, Callable[..., Any]]] = [
             (nn.Conv2d, self._conv),
             (nn.Linear, self._linear),
