@@ -46,7 +46,7 @@ def main(
         path, made_by = RECIPES / f"{family}.parquet", f"generate_zoo@{family}"
         recipes = read_table(path, made_by, command.RECIPES, unique="run")
         if "source" not in recipes:
-            recipes = read_table(path, made_by, command.OWN_RECIPES)
+            command.expect_columns(recipes, path, made_by, command.OWN_RECIPES)
         folder = ZOO / family
         with writing(folder):
             expect_writable(folder)

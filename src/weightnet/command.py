@@ -239,7 +239,6 @@ def read_table(
         ".parquet": partial(pd.read_parquet, page_checksum_verification=True),
         ".csv": pd.read_csv,
     }
-    remedy = f"remove it and run `dvc repro {stage}`"
     try:
         table = readers[path.suffix](require(path, stage))
     except (OSError, ValueError) as error:
@@ -247,12 +246,28 @@ def read_table(
             raise
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{path} must be a whole {path.suffix} file, however: {reason}; {remedy}"
+            f"{path} must be a whole {path.suffix} file, however: {reason}; remove it and run "
+            f"`dvc repro {stage}`"
         ) from None
-    fact = _lack(table, columns, unique) if columns is not None else ""
-    if fact:
-        raise ValueError(f"{path} must be as {stage} makes it, however: {fact}; {remedy}")
+    if columns is not None:
+        expect_columns(table, path, stage, columns, unique=unique)
     return table
+
+
+def expect_columns(
+    table: pd.DataFrame, path: Path, stage: str, columns: Columns, *, unique: str = ""
+) -> None:
+    """Refuse a ``table``, read from ``path``, that ``stage`` would not have made (see
+    `read_table`).
+
+    Raises:
+        ValueError: saying what it lacks.
+    """
+    if fact := _lack(table, columns, unique):
+        raise ValueError(
+            f"{path} must be as {stage} makes it, however: {fact}; remove it and run "
+            f"`dvc repro {stage}`"
+        )
 
 
 def _lack(table: pd.DataFrame, columns: Columns, unique: str) -> str:

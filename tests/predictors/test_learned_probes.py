@@ -80,9 +80,8 @@ def test_the_best_networks_see_the_wanted_classes(probes: LearnedProbes) -> None
     unseen = make_networks(12, seed=3)
     best = int(np.argmax(accuracy(unseen)))
     answered = network_outputs(unseen.module(best), unseen.state(best), clean)
-    assert (
-        answered.argmax(1) == wanted
-    ).float().mean() > 0.7  # a third by chance; some are shown half of another class
+    right = (answered.argmax(1) == wanted).float().mean()
+    assert right > 0.7  # a third by chance; some are shown half of another class
     assert np.isclose(one.chances.sum(axis=1), len(one.members)).all()
 
 

@@ -537,6 +537,11 @@ class WeightNetPredictor(ModulePredictor):
         log: Log | None,
         checkpoint: Path | None,
     ) -> None:
+        if self.probes is not None and ACCURACY not in self.properties:
+            raise ValueError(
+                f"properties must have {ACCURACY}, by which learned probes choose teachers, "
+                f"however: {', '.join(self.properties)}; set learned_probes.per_class=0"
+            )
         super()._train(
             train, targets, validation, validation_targets, log=log, checkpoint=checkpoint
         )
@@ -544,11 +549,6 @@ class WeightNetPredictor(ModulePredictor):
             rows, held_out = self.reader.rows(train), self.reader.rows(validation)
             self.trees.fit(rows, targets, held_out, validation_targets, seed=self.seed)
         if self.probes is not None:
-            if ACCURACY not in self.properties:
-                raise ValueError(
-                    f"properties must have {ACCURACY}, by which learned probes choose teachers, "
-                    f"however: {', '.join(self.properties)}; set learned_probes.per_class=0"
-                )
             self.probes.fit(train, targets[:, self.properties.index(ACCURACY)])
             known, held_out_known = self._answered(train), self._answered(validation)
             if known.any():
