@@ -75,6 +75,19 @@ ABLATIONS: tuple[Ablation, ...] = (
     Ablation("no-statistics", "parts", (f"{_W}.statistics=false",)),
     Ablation("no-trees", "parts", (f"{_W}.trees=0",)),
     Ablation("no-embeddings", "parts", (f"{_W}.embeddings=false",)),
+    Ablation("raw-tokens", "tokens", (f"{_W}.tokens=raw",)),
+    *(
+        Ablation(
+            f"{tokens}-alone",
+            "tokens",
+            (
+                f"{_W}.tokens={tokens}",
+                *(f"{_W}.{part}=false" for part in ("messages", "statistics")),
+                f"{_W}.trees=0",
+            ),
+        )
+        for tokens in ("statistics", "raw")
+    ),
     Ablation("no-probes", "probes", (), "weightnet", base="weightnet_probe"),
     *(
         Ablation(

@@ -108,9 +108,12 @@ def test_saved_and_loaded_it_predicts_the_same(fitted: Predictor, tmp_path: Path
     assert np.array_equal(loaded.mean, fitted.predict(test).mean)
 
 
-@pytest.mark.parametrize("part", ["intra_layer", "cross_layer", "statistics"])
-def test_runs_without_each_part(part: str) -> None:
-    config = {**SMALL, part: False, "fit": {"epochs": 1}}
+@pytest.mark.parametrize(
+    "change",
+    [{"intra_layer": False}, {"cross_layer": False}, {"statistics": False}, {"tokens": "raw"}],
+)
+def test_runs_without_each_part(change: dict[str, Any]) -> None:
+    config = {**SMALL, **change, "fit": {"epochs": 1}}
     networks = make_networks({"cnn": 12}, seed=1)
     prediction = build("weightnet", config, ["scale"], 0).fit(networks, networks).predict(networks)
     assert np.isfinite(prediction.mean).all()

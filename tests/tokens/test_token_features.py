@@ -16,6 +16,7 @@ from weightnet.tokens import (
     TokenFeatures,
     layout,
     token_features,
+    token_rows,
 )
 
 
@@ -116,6 +117,21 @@ def test_features_equal_plain_loops(samples, spec: PermutationSpec, max_row: int
                 assert features.channel[token] == channel
                 token += 1
     assert token == len(features.values)
+
+
+def test_rows_are_the_first_weights_of_each_neuron(samples, spec: PermutationSpec) -> None:
+    states = [samples.state(spec, seed) for seed in range(2)]
+    rows = token_rows(samples.networks([spec] * 2, states), 5)
+    expected = []
+    for state in states:
+        for one in spec.layers:
+            weight = torch.zeros(1) if one.weight is None else state[one.weight].flatten(1)[:, :5]
+            for index in range(len(samples.channels(one.outputs))):
+                row = np.zeros(5, np.float32)
+                if one.weight is not None:
+                    row[: weight.shape[1]] = weight[index]
+                expected.append(row)
+    np.testing.assert_array_equal(rows, np.array(expected))
 
 
 def test_blocks_change_nothing(

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -52,6 +52,7 @@ from weightnet.tokens import (
     response_statistics,
     token_features,
     token_messages,
+    token_rows,
 )
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 _LIMIT = 5.0  # standard deviations beyond which features are cut off
 _REACH = 1.5  # standard deviations that the network reads: it must not extrapolate to new families
 ACCURACY = "test_accuracy"  # learned probes are distilled from the networks that are best at it
+_RAW = 64  # weights of a neuron that a raw token holds
 _SCALES = (1.0, 30.0)  # features are read as asinh(scale * x): small and large values both resolve
 
 
@@ -75,6 +77,8 @@ class WeightNetConfig(Params):
         training_layers, training_tokens: of a deeper network so many layers, and of a wider layer
             so many neurons, drawn anew for each batch, are seen in training; prediction sees all.
         intra_layer, cross_layer: whether neurons of a layer, and layers, attend to each other.
+        tokens: what a token says of its neuron's weights: their ``statistics``, or the ``raw``
+            values (the first 64 of the incoming row, in the order of the canonical form).
         messages: whether tokens carry messages along the network's weights (`token_messages`).
         embeddings: whether tokens carry embeddings of layer kind and activation.
         statistics: whether the heads also read statistics of the whole network.
@@ -93,6 +97,7 @@ class WeightNetConfig(Params):
     training_tokens: int = Field(default=16, gt=0)
     intra_layer: bool = True
     cross_layer: bool = True
+    tokens: Literal["statistics", "raw"] = "statistics"
     messages: bool = True
     embeddings: bool = True
     statistics: bool = True
@@ -402,8 +407,11 @@ class TokenReader:
 
     def _read(self, networks: Networks) -> Read:
         features = token_features(networks)
-        names = [f"{name}*{scale:g}" for scale in _SCALES for name in features.names]
-        values = [np.arcsinh(features.values * np.float32(scale)) for scale in _SCALES]
+        own = Features(features.names, features.values)
+        if self.config.tokens == "raw":
+            own = _raw_tokens(networks, features)
+        names = [f"{name}*{scale:g}" for scale in _SCALES for name in own.names]
+        values = [np.arcsinh(own.values * np.float32(scale)) for scale in _SCALES]
         whole = weight_features(networks)
         columns: list[str] = list(whole.names)
         statistics = [whole.values]
@@ -435,6 +443,15 @@ class TokenReader:
             Features(tuple(names), np.concatenate(values, axis=1)),
             Features(tuple(columns), np.concatenate(statistics, axis=1)),
         )
+
+
+def _raw_tokens(networks: Networks, features: TokenFeatures) -> Features:
+    """The weights of each token and its place, without what is computed from many weights."""
+    summaries = ("row_", "out_", "effective_")
+    kept = [i for i, name in enumerate(features.names) if not name.startswith(summaries)]
+    names = [*(features.names[i] for i in kept), *(f"weight_{i}" for i in range(_RAW))]
+    values = [features.values[:, kept], token_rows(networks, _RAW)]
+    return Features(tuple(names), np.concatenate(values, axis=1))
 
 
 class _Tokens:

@@ -1,7 +1,7 @@
 """Networks as tokens: one row per neuron, in Parquet shards, with vectorized features, statistics
 and graphs."""
 
-from weightnet.tokens.features import FEATURES, TokenFeatures, token_features
+from weightnet.tokens.features import FEATURES, TokenFeatures, token_features, token_rows
 from weightnet.tokens.layout import ACTIVATIONS, KINDS, Layout, layout, spec_id
 from weightnet.tokens.messages import TOKEN_MESSAGES, message_statistics, token_messages
 from weightnet.tokens.networks import Modules, Networks, Stack
@@ -45,6 +45,7 @@ __all__ = [
     "spec_id",
     "token_features",
     "token_messages",
+    "token_rows",
     "tokenize",
     "tokenize_stack",
     "weight_statistics",

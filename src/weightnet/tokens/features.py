@@ -163,6 +163,21 @@ def token_features(networks: Networks) -> TokenFeatures:
     )
 
 
+def token_rows(networks: Networks, size: int) -> Floats:
+    """The first ``size`` weights of every token's incoming row, in the order in which the tokens
+    store them, and zeros after a shorter row [L, size]."""
+    offsets = _offsets(np.array([plan.tokens for plan in networks.layouts()], np.int64))
+    rows = np.zeros((int(offsets[-1]), size), np.float32)
+    for stack in networks.stacks():
+        starts = offsets[stack.members]
+        for one in stack.layout.layers:
+            if one.fan_in:
+                weight = finite(stack.weight(one)[..., :size])
+                where = starts[:, None] + np.arange(one.first, one.first + one.outputs)
+                rows[where, : weight.shape[-1]] = np.clip(weight, -LIMIT, LIMIT)
+    return rows
+
+
 def gather_ranges(offsets: Longs, chosen: Longs) -> tuple[Longs, Longs]:
     """The positions of the chosen ranges, one after another, and their new offsets."""
     counts = offsets[chosen + 1] - offsets[chosen]
