@@ -21,6 +21,7 @@ from weightnet.tokens.networks import Networks, Stack
 from weightnet.tokens.tokenizer import Floats
 
 BLOCK_VALUES = 1 << 21  # weights that are held in float64 at a time
+FEATURE_VALUES = 1 << 19  # weights of networks looked at together: temporaries are larger
 EPSILON = 1e-5  # of BatchNorm
 LIMIT = 1e9  # features are clipped here
 NEAR_ZERO = 0.1  # of the row's root mean square
@@ -136,7 +137,7 @@ def token_features(networks: Networks) -> TokenFeatures:
     values = np.zeros((total, len(FEATURES)), np.float32)
     codes = np.zeros((5, total), np.int64)
     answers: dict[int, Floats] = {}
-    for stack in networks.stacks():
+    for stack in networks.stacks(FEATURE_VALUES):
         starts = token_offsets[stack.members]
         where = (starts[:, None] + np.arange(stack.layout.tokens)).reshape(-1)
         computed = _stack_features(stack)
