@@ -429,6 +429,8 @@ class TokenReader:
             )
             columns += found
             statistics.append(table.astype(np.float64))
+        everything = scratch_zeros((len(networks), len(columns)), np.float64)
+        np.concatenate(statistics, axis=1, out=everything)
         values = scratch_zeros((len(features.values), len(names)), np.float32)
         for rows in blocks(*values.shape):
             parts = [np.arcsinh(features.values[rows] * np.float32(scale)) for scale in _SCALES]
@@ -440,7 +442,7 @@ class TokenReader:
         return (
             features,
             Features(tuple(names), values),
-            Features(tuple(columns), np.concatenate(statistics, axis=1)),
+            Features(tuple(columns), everything),
         )
 
 
