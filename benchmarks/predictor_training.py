@@ -3,9 +3,8 @@
 Networks of random weights are read once (features of every token; a zoo is read once per fit) and
 go through WeightNet at its default size, in batches as the fit makes them. A training step is
 loading (picking the tokens of a batch), forward, backward and update; prediction sees all tokens.
-Tokens and layers are packed, so that padding is only in the scores between layers; its share of
-the multiplications on layers is printed. The last line is the share of a training step that
-loading takes.
+Tokens are packed, so that padding is only in the small matrix of layers; the share of its rows
+that is empty is printed. The last line is the share of a training step that loading takes.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from rich.table import Table
 
 from weightnet.compute import default_device
 from weightnet.predictors.fitting import Batches, gaussian_nll
-from weightnet.predictors.weightnet import TokenBatch, TokenReader, WeightNetConfig
+from weightnet.predictors.weightnet import TokenReader, WeightNetConfig
 from weightnet.symmetry import trace
 from weightnet.tokens import Networks
 from weightnet.zoo.architectures import build
@@ -137,22 +136,12 @@ def measure(
         if step:  # the first one warms up
             load.append(loaded - start)
             compute.append(ended - loaded)
-            padding.append(wasted(batch, config))
+            padding.append(1 - len(batch.place) / (batch.depth * size))
     predict, _ = timed(lambda: run(module.eval(), reader, networks, config, device))
     tokens = sum(plan.tokens for plan in networks.layouts()) / len(networks)
     return Measurement(
         len(networks), tokens, read, load, compute, predict, statistics.mean(padding)
     )
-
-
-def wasted(batch: TokenBatch, config: WeightNetConfig) -> float:
-    """The share of a block's multiplications on layers that padding wastes: only scores between
-    layers, and sums over them, are padded."""
-    depths = (batch.place // batch.depth).bincount().double()
-    rows = 11 + config.points  # D x D matrices of a block that a layer goes through
-    useful = float(depths.square().sum()) * 2 * config.width
-    scores = len(depths) * batch.depth**2 * 2 * config.width
-    return (scores - useful) / (len(batch.place) * rows * config.width**2 + scores)
 
 
 def run(
