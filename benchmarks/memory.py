@@ -1,16 +1,19 @@
-"""Peak memory of tokenizing and reading zoos of 1,000, 5,000 and 20,000 small networks.
+"""Peak memory of tokenizing, reading and fitting zoos of 1,000, 5,000 and 20,000 small networks.
 
 Random weights are written as token shards the way tokenize_zoo does, stack after stack, then
-streamed (`iter_tokens`) and read as WeightNet reads them (`read_networks`, token features). Each
-step runs in a process of its own; the peak is what it holds beyond a process that has imported
-the package. What keeps a number for each token must grow with the zoo; what passes networks
-through must not. The last line is the peak of tokenizing at the largest size over the smallest.
+streamed (`iter_tokens`), read as WeightNet reads them (`TokenReader`: features and messages of
+every token, standardized) and fitted for one epoch without trees, every tenth network held out.
+Each step runs in a process of its own; the peak is what it holds beyond a process that has
+imported the package: all its pages, and in brackets its own alone, without those of mapped files,
+which the system drops or writes out when it needs the room. The last line is the peak of a fit's
+own pages at the largest size over the smallest.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -26,19 +29,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from weightnet.predictors.fitting import FitConfig
+from weightnet.predictors.weightnet import TokenReader, WeightNetConfig
+from weightnet.predictors.weightnet import build as build_predictor
 from weightnet.symmetry import PermutationSpec, trace
 from weightnet.symmetry.form import CanonicalForm
 from weightnet.tokens import (
     iter_tokens,
     read_networks,
     spec_id,
-    token_features,
     tokenize,
     write_tokens,
 )
 from weightnet.zoo.architectures import build
 
 SIZES = (1_000, 5_000, 20_000)
+CONFIG = WeightNetConfig(trees=0, fit=FitConfig(epochs=1))
 STACK = 16  # networks that are drawn together
 Shape = tuple[int, int]  # width, depth
 Step = Callable[[Path, int, int, Shape], None]
@@ -53,20 +59,22 @@ def main(
     """Print how memory grows with the number of networks."""
     sizes = (100, 200, 400) if quick else SIZES
     shape = width, depth
-    table = Table(title=f"peak memory, MB, and seconds: CNNs of width {width}, depth {depth}")
-    for header in ("networks", "shards", "tokenize", "stream", "read features"):
+    table = Table(
+        title=f"peak memory (own pages), MB, and seconds: CNNs of width {width}, depth {depth}"
+    )
+    for header in ("networks", "shards", "tokenize", "stream", "read", "fit"):
         table.add_column(header, justify="right")
     peaks = []
     with tempfile.TemporaryDirectory() as temporary:
         for count in sizes:
             folder = Path(temporary) / str(count)
             found = [
-                apart(step, folder, count, seed, shape) for step in (write, stream, read_features)
+                apart(step, folder, count, seed, shape) for step in (write, stream, read, fit)
             ]
             stored = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-            cells = [f"{peak:.0f} ({seconds:.1f} s)" for peak, seconds in found]
+            cells = [f"{peak:.0f} ({own:.0f}), {time:.1f} s" for peak, own, time in found]
             table.add_row(f"{count:,}", f"{stored:.1f} MB", *cells)
-            peaks.append(found[0][0])
+            peaks.append(found[-1][1])
     Console(width=max(Console().width, 100)).print(table)
     print(f"{peaks[-1] / max(peaks[0], 1):.2f}")
 
@@ -78,7 +86,7 @@ def write(folder: Path, count: int, seed: int, shape: Shape) -> None:
     runs = [f"{number:016x}" for number in range(count)]
     frame = pd.DataFrame({"run": runs, "family": "cnn", "task": "fashion", "width": 8.0})
     frame["spec"], frame["diverged"] = name, False
-    frame["property.test_accuracy"] = 0.5
+    frame["property.test_accuracy"] = np.linspace(0, 1, count)
     generator = torch.Generator().manual_seed(seed)
 
     def tables() -> Iterator[tuple[str, pa.Table]]:
@@ -102,11 +110,21 @@ def stream(folder: Path, count: int, seed: int, shape: Shape) -> None:
         raise ValueError(f"{count * layers} layers must be streamed, however: {seen} were")
 
 
-def read_features(folder: Path, count: int, seed: int, shape: Shape) -> None:
-    """Read all networks and compute the features of their tokens."""
-    features = token_features(read_networks([folder]))
-    if len(features) != count or not np.isfinite(features.values).all():
-        raise ValueError(f"{count} networks must have features, however: {len(features)} do")
+def read(folder: Path, count: int, seed: int, shape: Shape) -> None:
+    """Read all networks as the fit does."""
+    networks, reader = read_networks([folder]), TokenReader(CONFIG, responses=False)
+    reader.prepare(networks)
+    found = reader.batches(networks, training=False).count
+    if found != count:
+        raise ValueError(f"{count} networks must be read, however: {found} are")
+
+
+def fit(folder: Path, count: int, seed: int, shape: Shape) -> None:
+    """Fit WeightNet for an epoch."""
+    networks = read_networks([folder])
+    held_out = np.arange(count) % 10 == 0
+    predictor = build_predictor("weightnet", CONFIG, ["test_accuracy"], seed)
+    predictor.fit(networks.select(~held_out), networks.select(held_out))
 
 
 def architecture(shape: Shape) -> tuple[PermutationSpec, torch.nn.Module]:
@@ -121,20 +139,20 @@ def apart(
     count: int,
     seed: int,
     shape: Shape,
-) -> tuple[float, float]:
-    """The peak of memory of a step in a new process beyond its start, in MB, and its seconds."""
+) -> tuple[float, float, float]:
+    """The peaks of memory of a step in a new process beyond its start, in MB, and its seconds."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=report, args=(theirs, step, folder, count, seed, shape))
     process.start()
     theirs.close()
     try:
-        peak, seconds = ours.recv()
+        found: tuple[float, float, float] = ours.recv()
     except EOFError:
         raise SystemExit(f"{step.__name__} of {count} networks failed; see above") from None
     finally:
         process.join()
-    return peak, seconds
+    return found
 
 
 def report(
@@ -145,14 +163,26 @@ def report(
     seed: int,
     shape: Shape,
 ) -> None:
-    """Run a step and send its peak of memory in MB and its seconds."""
+    """Run a step and send its peaks of memory in MB and its seconds."""
     torch.set_num_threads(1)
     architecture(shape)  # what is loaded once is not counted
     with suppress(OSError):  # where it is not allowed, an earlier peak counts
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is held now
-    before, start = memory("VmRSS"), time.perf_counter()
-    step(folder, count, seed, shape)
-    pipe.send((memory("VmHWM") - before, time.perf_counter() - start))
+    before, own, start = memory("VmRSS"), memory("RssAnon"), time.perf_counter()
+    ended, most = threading.Event(), [own]
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            most[0] = max(most[0], memory("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        step(folder, count, seed, shape)
+    finally:
+        ended.set()
+        watcher.join()
+    pipe.send((memory("VmHWM") - before, most[0] - own, time.perf_counter() - start))
 
 
 def memory(field: str) -> float:

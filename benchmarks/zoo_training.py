@@ -2,8 +2,12 @@
 
 The rivals are the usual loop of plain PyTorch on tensors in memory, and the same with a
 DataLoader. All sides train the same recipes, drawn from the ranges of params.yaml, in one process
-with one thread, in turn; the rates and ratios are medians over the rounds. On more cores each side
-runs one process per core, so that the ratios stay.
+with one thread, in turn; the rates and ratios are medians over the rounds.
+
+With ``--machine`` each side has the whole machine, in processes of their own: stacks one process
+per core with one thread each, which is how the stage runs; the rivals one process with torch's
+threads, and plain PyTorch also with one thread, since small networks are often slower with more:
+the faster of the two counts.
 
 The operations are those of convolutions and linear layers, a backward pass counted as two forward
 ones; the machine's rate is that of large float32 matrix products, measured in each round. The last
@@ -14,6 +18,8 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +27,8 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Annotated, Any
 
+import numpy as np
+import pandas as pd
 import torch
 import typer
 from rich.console import Console
@@ -47,6 +55,11 @@ from weightnet.zoo.training import (
 )
 
 Rival = Callable[[nn.Module, Recipe, Task, Tensor, torch.device], None]
+HEADERS = (
+    *("stacked", "plain", "DataLoader", "x plain", "x DataLoader"),
+    *("GFLOP/s", "of product rate", "plain: of it"),
+)
+MACHINE_HEADERS = ("stacked", "plain", "one thread", "DataLoader", "x plain", "x DataLoader")
 SIZE = 1024  # of the matrices whose product tells the machine's rate
 
 
@@ -90,15 +103,15 @@ def main(
     depth: Annotated[int, typer.Option(help="Blocks of the CNN.")] = 3,
     batch: Annotated[int, typer.Option(help="Images in a batch.")] = 64,
     only: Annotated[str, typer.Option(help="Only this family.")] = "",
+    machine: Annotated[bool, typer.Option(help="All cores instead of one.")] = False,
 ) -> None:
     """Print networks per minute of stacks, of plain PyTorch and of a DataLoader loop."""
     torch.set_num_threads(1)
     device = default_device()
-    table = Table(title=f"networks a minute, {device.type}, one thread, batch {batch}")
+    where = f"{os.cpu_count()} cores" if machine else "one thread"
+    table = Table(title=f"networks a minute, {device.type}, {where}, batch {batch}")
     table.add_column("networks", no_wrap=True)
-    for header in ("stack", "stacked", "plain", "DataLoader", "x plain", "x DataLoader"):
-        table.add_column(header, justify="right")
-    for header in ("GFLOP/s", "of product rate", "plain: of it"):
+    for header in ("stack", *(MACHINE_HEADERS if machine else HEADERS)):
         table.add_column(header, justify="right")
     least = math.inf
     with reported():
@@ -109,9 +122,12 @@ def main(
         for case in chosen:
             count = (stack or case.stack) if not quick else 4
             longest = max(4, case.steps // 10) if quick else case.steps
-            found = measure(case, ranges, seed, 1 if quick else rounds, count, longest, batch)
-            table.add_row(case.title, str(count), *found.cells(case.wanted))
-            least = min(least, found.ratio("plain"))
+            turns = 1 if quick else rounds
+            cells, ratio = (measure_machine if machine else measure)(
+                case, ranges, seed, turns, count, longest, batch
+            )
+            table.add_row(case.title, str(count), *cells)
+            least = min(least, ratio)
     Console(width=max(Console().width, 150)).print(table)
     print("in brackets: at least; the rivals' optimizers are torch.optim's, as they come")
     print(f"{least:.2f}")
@@ -156,8 +172,80 @@ class Measurement:
 
 def measure(
     case: Case, ranges: RecipeConfig, seed: int, rounds: int, stack: int, steps: int, batch: int
-) -> Measurement:
-    """Train one stack of recipes by every side in turn, after a warm-up of each."""
+) -> tuple[list[str], float]:
+    """Train one stack of recipes by every side in turn, after a warm-up of each: the row of the
+    table, and the ratio to plain PyTorch."""
+    recipes = sample(case, ranges, seed, stack, steps, batch)
+    task, device = load_task(case.task), default_device()
+    sides = {name: trainer(name, case, recipes) for name in ("stacked", "plain", "DataLoader")}
+    for side in sides.values():
+        side(2)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    rates = []
+    for turn in range(rounds):
+        rates.append(product_rate(device))
+        for name in rotated(list(sides), turn):
+            start = time.perf_counter()
+            sides[name](None)
+            seconds[name].append(time.perf_counter() - start)
+    per_image = forward_operations(new_module(case, recipes), task)
+    total = 3.0 * per_image * batch * float(recipes["steps"].sum())
+    found = Measurement(seconds, rates, len(recipes), total)
+    return found.cells(case.wanted), found.ratio("plain")
+
+
+def measure_machine(
+    case: Case, ranges: RecipeConfig, seed: int, rounds: int, stack: int, steps: int, batch: int
+) -> tuple[list[str], float]:
+    """As `measure`, all cores for each side in turn; stacks of other recipes on further cores."""
+    stacks = [
+        sample(case, ranges, seed + core, stack, steps, batch)
+        for core in range(os.cpu_count() or 1)
+    ]
+    sides = {
+        "stacked": [("stacked", 1, case, recipes) for recipes in stacks],
+        "plain": [("plain", 0, case, stacks[0])],
+        "one thread": [("plain", 1, case, stacks[0])],
+        "DataLoader": [("DataLoader", 0, case, stacks[0])],
+    }
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds):
+        for name in rotated(list(sides), turn):
+            jobs = sides[name]
+            with multiprocessing.get_context("spawn").Pool(len(jobs)) as pool:
+                taken = pool.starmap(train_apart, jobs, chunksize=1)
+            rates[name].append(60 * stack * len(jobs) / max(taken))
+    median = {name: statistics.median(found) for name, found in rates.items()}
+    faster = max(("plain", "one thread"), key=lambda name: median[name])
+    ratio, loaded = (
+        statistics.median(np.divide(rates["stacked"], rates[name]))
+        for name in (faster, "DataLoader")
+    )
+    cells = [f"{median[name]:.1f}" for name in sides]
+    return [*cells, f"{ratio:.2f} ({case.wanted:g})", f"{loaded:.2f}"], float(ratio)
+
+
+def train_apart(name: str, threads: int, case: Case, recipes: pd.DataFrame) -> float:
+    """Seconds of a side in this process, with so many threads (0: as many as torch likes)."""
+    if threads:
+        torch.set_num_threads(threads)
+    side = trainer(name, case, recipes)
+    side(2)
+    start = time.perf_counter()
+    side(None)
+    return time.perf_counter() - start
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """The names, another one first in each turn."""
+    first = turn % len(names)
+    return names[first:] + names[:first]
+
+
+def sample(
+    case: Case, ranges: RecipeConfig, seed: int, stack: int, steps: int, batch: int
+) -> pd.DataFrame:
+    """The recipes of a stack."""
     config = FamilyConfig(
         runs=stack,
         runs_per_shape=stack,
@@ -166,44 +254,36 @@ def measure(
         arguments={name: [value] for name, value in case.arguments.items()},
         ranges={"tasks": [case.task], "seed": seed},
     )
-    recipes = sample_recipes(case.family, config, ranges)
+    return sample_recipes(case.family, config, ranges)
+
+
+def new_module(case: Case, recipes: pd.DataFrame) -> nn.Module:
+    """A module of the recipes' shape."""
+    return build(case.family, **json.loads(recipes["arguments"].iat[0]))
+
+
+def trainer(name: str, case: Case, recipes: pd.DataFrame) -> Callable[[int | None], None]:
+    """What trains the recipes as side ``name`` does; or a few, given a number of steps."""
     task, device = load_task(case.task), default_device()
+
+    def stacked(steps: int | None) -> None:
+        rows = recipes if steps is None else recipes.head(2).assign(steps=steps)
+        train_stack(new_module(case, recipes), rows, task, str(device))
+        wait(device)
+
+    if name == "stacked":
+        return stacked
     images = task.normalize(task.train_images)  # the rivals need not do this for each run
+    train: Rival = {"plain": train_plain, "DataLoader": train_loaded}[name]
 
-    def module() -> nn.Module:
-        return build(case.family, **json.loads(recipes["arguments"].iat[0]))
+    def each(steps: int | None) -> None:
+        rows = recipes if steps is None else recipes.head(1).assign(steps=steps)
+        for row in rows.to_dict("records"):
+            recipe = {str(key): value for key, value in row.items()}
+            train(new_module(case, recipes), recipe, task, images, device)
+        wait(device)
 
-    def stacked(count: int | None = None) -> None:
-        rows = recipes if count is None else recipes.head(2).assign(steps=count)
-        train_stack(module(), rows, task, str(device))
-
-    def each(
-        train: Rival,
-    ) -> Callable[..., None]:
-        def run(count: int | None = None) -> None:
-            rows = recipes if count is None else recipes.head(1).assign(steps=count)
-            for row in rows.to_dict("records"):
-                recipe = {str(key): value for key, value in row.items()}
-                train(module(), recipe, task, images, device)
-
-        return run
-
-    sides = {"stacked": stacked, "plain": each(train_plain), "DataLoader": each(train_loaded)}
-    for side in sides.values():
-        side(2)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    rates = []
-    for turn in range(rounds):
-        rates.append(product_rate(device))
-        names = list(sides)
-        for name in names[turn % 3 :] + names[: turn % 3]:
-            start = time.perf_counter()
-            sides[name]()
-            wait(device)
-            seconds[name].append(time.perf_counter() - start)
-    per_image = forward_operations(module(), task)
-    total = 3.0 * per_image * batch * float(recipes["steps"].sum())
-    return Measurement(seconds, rates, len(recipes), total)
+    return each
 
 
 def train_plain(

@@ -9,9 +9,18 @@ import pytest
 import torch
 from torch import nn
 
+import weightnet.predictors.weightnet as weightnet_module
+import weightnet.tokens.scratch as scratch
 from weightnet.predictors import Predictor, build
 from weightnet.predictors.ranks import mean_tau
-from weightnet.predictors.weightnet import _sample, segment_max, segment_mean, segment_softmax
+from weightnet.predictors.weightnet import (
+    TokenReader,
+    WeightNetConfig,
+    _sample,
+    segment_max,
+    segment_mean,
+    segment_softmax,
+)
 from weightnet.symmetry import permute, random_permutation, trace
 from weightnet.tokens import Networks, ProbesConfig, probe_responses
 from weightnet.zoo.architectures import build as build_architecture
@@ -99,6 +108,23 @@ def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(fitted: Predictor
     together = make_networks({"cnn": 2, "resnet18": 2, "densenet121": 1}, seed=5)
     alone = [fitted.predict(together.select([i])).mean for i in range(len(together))]
     np.testing.assert_allclose(fitted.predict(together).mean, np.concatenate(alone), atol=1e-5)
+
+
+def test_large_arrays_in_files_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = make_networks({"cnn": 20, "resnet18": 3}, seed=5, probes=4)
+    reads = []
+    for limit, block in ((scratch.LIMIT, scratch.BLOCK), (64, 700)):
+        monkeypatch.setattr(scratch, "LIMIT", limit)
+        monkeypatch.setattr(scratch, "BLOCK", block)
+        monkeypatch.setattr(weightnet_module, "BLOCK", block)
+        reader = TokenReader(WeightNetConfig(), responses=True)
+        reader.prepare(networks)
+        batch = reader.batches(networks, training=False).collate(torch.arange(len(networks)))
+        scales = [one.standardizer for one in (reader.tokens, reader.statistics)]
+        arrays = [batch.values.numpy(), batch.kind.numpy(), batch.statistics.numpy()]
+        arrays += [array for one in scales if one for array in (one.center, one.scale)]
+        reads.append([array.tobytes() for array in arrays])
+    assert reads[0] == reads[1]
 
 
 def test_saved_and_loaded_it_predicts_the_same(fitted: Predictor, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import weightnet.tokens.schema as schema
+import weightnet.tokens.scratch as scratch
 from weightnet.symmetry.spec import PermutationSpec
 from weightnet.tokens import (
     Networks,
@@ -334,3 +335,19 @@ def test_the_documented_columns_are_those_of_the_files(samples, tmp_path: Path) 
     write(samples, tmp_path / "cnn")
     found = pq.read_schema(tmp_path / "cnn" / "tokens-00000.parquet").names
     assert [name for name in documented if name != "response"] == found
+
+
+def test_tokens_in_a_temporary_file_are_the_same(
+    samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame, specs, states = zoo(samples)
+    write_tokens(tmp_path, frame, specs, tables(frame, specs, states), config=CONFIG)
+    held = read_networks([tmp_path])
+    expected = [held.table(i) for i in range(COUNT)]
+    monkeypatch.setattr(scratch, "LIMIT", 0)
+    mapped = read_networks([tmp_path])
+    assert all(mapped.table(i).equals(one) for i, one in enumerate(expected))
+    for stack, other in zip(held.stacks(), mapped.stacks(), strict=True):
+        np.testing.assert_array_equal(stack.scalar("bias"), other.scalar("bias"))
+        for one in stack.layout.layers:
+            np.testing.assert_array_equal(stack.weight(one), other.weight(one))

@@ -106,10 +106,14 @@ class Encoder:
         """Remember the columns, and their scale if there is a limit."""
         self.names = features.names
         if self.limit is not None:
-            self.standardizer = Standardizer.fit(self._laid_out(features), self.limit)
+            values = _by_rows(features, self.size, self._laid_out)
+            self.standardizer = Standardizer.fit(values, self.limit)
 
     def transform(self, features: Features) -> Array:
         """Return the matrix [B, F + 1]."""
+        return _by_rows(features, self.size, self._transform)
+
+    def _transform(self, features: Features) -> Array:
         values = self._laid_out(features)
         if self.standardizer is None:
             return values
@@ -146,3 +150,16 @@ class Encoder:
         )
         bounded = np.where(missing, np.nan, np.clip(values, -_HUGE, _HUGE))
         return np.concatenate([bounded, indicator.astype(values.dtype)], axis=1)
+
+
+def _by_rows(features: Features, columns: int, function: Callable[[Features], Array]) -> Array:
+    """What ``function`` makes of each row [B, columns]; of blocks of rows if they are many."""
+    from weightnet.tokens.scratch import blocks, fits, scratch_zeros
+
+    values = features.values
+    if fits(max(values.nbytes, len(values) * columns * values.itemsize)):
+        return function(features)
+    out: Array = scratch_zeros((len(values), columns), values.dtype)
+    for rows in blocks(len(values), max(columns, values.shape[1])):
+        out[rows] = function(Features(features.names, values[rows]))
+    return out

@@ -22,7 +22,7 @@ are predicted by trees that read how they answer, beside the statistics.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -54,9 +54,13 @@ from weightnet.tokens import (
     token_messages,
     token_rows,
 )
+from weightnet.tokens.scratch import BLOCK, blocks, scratch_zeros
 
 if TYPE_CHECKING:
     from weightnet.tokens import Networks
+
+Floats = NDArray[np.float32]
+Longs = NDArray[np.int64]
 
 _LIMIT = 5.0  # standard deviations beyond which features are cut off
 _REACH = 1.5  # standard deviations that the network reads: it must not extrapolate to new families
@@ -411,17 +415,14 @@ class TokenReader:
         if self.config.tokens == "raw":
             own = _raw_tokens(networks, features)
         names = [f"{name}*{scale:g}" for scale in _SCALES for name in own.names]
-        values = [np.arcsinh(own.values * np.float32(scale)) for scale in _SCALES]
         whole = weight_features(networks)
         columns: list[str] = list(whole.names)
         statistics = [whole.values]
+        messages = None
         if self.config.messages:
             messages = token_messages(networks)
             names += TOKEN_MESSAGES
-            values.append(messages)
-            told, table = message_statistics(
-                messages, features.layer_offsets, features.layer_starts
-            )
+            told, table = _by_networks(message_statistics, messages, features)
             columns += told
             statistics.append(table.astype(np.float64))
         if self.responses:
@@ -430,18 +431,26 @@ class TokenReader:
                     "tokens must carry probe responses, however: they carry none; set "
                     "tokenize_zoo.probes.count above 0 and run `dvc repro tokenize_zoo`"
                 )
-            answered, answers = response_features(features.responses)
-            names += answered
-            values.append(answers)
+            names += response_features(features.responses[:1])[0]
             found, table = response_statistics(
                 features.responses, features.layer_offsets, features.layer_starts
             )
             columns += found
             statistics.append(table.astype(np.float64))
+        everything = scratch_zeros((len(networks), len(columns)), np.float64)
+        np.concatenate(statistics, axis=1, out=everything)
+        values = scratch_zeros((len(features.values), len(names)), np.float32)
+        for rows in blocks(*values.shape):
+            parts = [np.arcsinh(own.values[rows] * np.float32(scale)) for scale in _SCALES]
+            if messages is not None:
+                parts.append(messages[rows])
+            if self.responses and features.responses is not None:
+                parts.append(response_features(features.responses[rows])[1])
+            np.concatenate(parts, axis=1, out=values[rows])
         return (
             features,
-            Features(tuple(names), np.concatenate(values, axis=1)),
-            Features(tuple(columns), np.concatenate(statistics, axis=1)),
+            Features(tuple(names), values),
+            Features(tuple(columns), everything),
         )
 
 
@@ -452,6 +461,22 @@ def _raw_tokens(networks: Networks, features: TokenFeatures) -> Features:
     names = [*(features.names[i] for i in kept), *(f"weight_{i}" for i in range(_RAW))]
     values = [features.values[:, kept], token_rows(networks, _RAW)]
     return Features(tuple(names), np.concatenate(values, axis=1))
+
+
+def _by_networks(
+    function: Callable[[Floats, Longs, Longs], tuple[Sequence[str], Floats]],
+    values: Floats,
+    features: TokenFeatures,
+) -> tuple[Sequence[str], Floats]:
+    """Statistics of each network's tokens, of some networks at a time."""
+    size = max(1, BLOCK * len(features) // max(1, values.size))
+    found = []
+    for first in range(0, max(1, len(features)), size):
+        starts = features.layer_starts[first : first + size + 1]
+        offsets = features.layer_offsets[starts[0] : starts[-1] + 1]
+        rows = values[offsets[0] : offsets[-1]]
+        found.append(function(rows, offsets - offsets[0], starts - starts[0]))
+    return found[0][0], np.concatenate([table for _, table in found])
 
 
 class _Tokens:

@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 
 from weightnet.tokens.layout import ACTIVATIONS, KINDS, LayerLayout, Layout, concatenate_ranges
 from weightnet.tokens.networks import Networks, Stack
+from weightnet.tokens.scratch import scratch_zeros
 from weightnet.tokens.tokenizer import Floats
 
 BLOCK_VALUES = 1 << 21  # weights that are held in float64 at a time
+FEATURE_VALUES = 1 << 19  # weights of networks looked at together: temporaries are larger
 EPSILON = 1e-5  # of BatchNorm
 LIMIT = 1e9  # features are clipped here
 NEAR_ZERO = 0.1  # of the row's root mean square
@@ -133,33 +135,40 @@ def token_features(networks: Networks) -> TokenFeatures:
     token_offsets = _offsets(np.array([plan.tokens for plan in plans], np.int64))
     widths = [np.array([one.outputs for one in plan.layers], np.int64) for plan in plans]
     total = int(token_offsets[-1])
-    values = np.zeros((total, len(FEATURES)), np.float32)
-    codes = np.zeros((5, total), np.int64)
-    answers: dict[int, Floats] = {}
-    for stack in networks.stacks():
+    values: Floats = scratch_zeros((total, len(FEATURES)), np.float32)
+    codes: Longs = scratch_zeros((6, total), np.int64)
+    responses: Floats | None = None
+    answered = 0
+    for stack in networks.stacks(FEATURE_VALUES):
         starts = token_offsets[stack.members]
         where = (starts[:, None] + np.arange(stack.layout.tokens)).reshape(-1)
         computed = _stack_features(stack)
         values[where] = np.clip(computed, -LIMIT, LIMIT).reshape(len(where), -1)
-        codes[:, where] = np.tile(_codes(stack.layout), len(stack))
+        codes[0, where] = np.repeat(stack.members, stack.layout.tokens)
+        codes[1:, where] = np.tile(_codes(stack.layout), len(stack))
         found = stack.responses()
-        if found is not None:
-            answers.update(zip(stack.members.tolist(), found, strict=True))
-    probes = {answer.shape[1] for answer in answers.values()}
-    complete = len(answers) == len(networks) > 0 and len(probes) == 1
+        if found is None:
+            continue
+        if responses is None:
+            responses = scratch_zeros((total, found.shape[2]), found.dtype)
+        if found.dtype != responses.dtype:
+            responses = responses.astype(np.promote_types(found.dtype, responses.dtype))
+        if found.shape[2] == responses.shape[1]:
+            responses[where] = found.reshape(len(where), -1)
+            answered += len(stack)
     return TokenFeatures(
         names=FEATURES,
         values=values,
-        network=np.repeat(np.arange(len(plans)), np.diff(token_offsets)),
-        layer=codes[0],
-        kind=codes[1],
-        activation=codes[2],
-        space=codes[3],
-        channel=codes[4],
+        network=codes[0],
+        layer=codes[1],
+        kind=codes[2],
+        activation=codes[3],
+        space=codes[4],
+        channel=codes[5],
         token_offsets=token_offsets,
         layer_offsets=_offsets(np.concatenate(widths) if widths else np.zeros(0, np.int64)),
         layer_starts=_offsets(np.array([len(width) for width in widths], np.int64)),
-        responses=np.concatenate([answers[i] for i in range(len(plans))]) if complete else None,
+        responses=responses if answered == len(networks) else None,
     )
 
 

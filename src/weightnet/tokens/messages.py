@@ -22,9 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import erf
 
-from weightnet.tokens.features import EPSILON, LIMIT, Doubles, finite, segments
+from weightnet.tokens.features import (
+    EPSILON,
+    FEATURE_VALUES,
+    LIMIT,
+    Doubles,
+    finite,
+    segments,
+)
 from weightnet.tokens.layout import LayerLayout, Layout
 from weightnet.tokens.networks import Networks, Stack
+from weightnet.tokens.scratch import scratch_zeros
 from weightnet.tokens.tokenizer import Floats
 
 PULSES = ("white", "flat")  # neighbouring pixels of the input are independent, or equal
@@ -98,8 +106,8 @@ def token_messages(networks: Networks) -> Floats:
     """
     plans = networks.layouts()
     offsets = np.concatenate([[0], np.cumsum([plan.tokens for plan in plans])]).astype(np.int64)
-    out = np.zeros((offsets[-1], len(TOKEN_MESSAGES)), np.float32)
-    for stack in networks.stacks():
+    out: Floats = scratch_zeros((int(offsets[-1]), len(TOKEN_MESSAGES)), np.float32)
+    for stack in networks.stacks(FEATURE_VALUES):
         where = offsets[stack.members][:, None] + np.arange(stack.layout.tokens)
         with np.errstate(over="ignore", invalid="ignore"):
             found = np.nan_to_num(_stack_messages(stack), posinf=LIMIT, neginf=-LIMIT)

@@ -20,6 +20,7 @@ from torch import nn
 
 from weightnet.symmetry.spec import PermutationSpec
 from weightnet.tokens.layout import LayerLayout, Layout, Rows, layout, rows, spec_id
+from weightnet.tokens.scratch import scratch_zeros
 from weightnet.tokens.tokenizer import Floats, ListColumn, TokensConfig, detokenize, tokenize
 
 STACK_VALUES = 1 << 24  # weights that a stack holds at most, unless one network alone has more
@@ -59,7 +60,12 @@ class TokenPart:
     def scalar(self, name: str) -> NDArray[np.float32]:
         """One of the columns bias, scale, shift, mean, variance; NaN where null."""
         if name not in self._scalars:
-            self._scalars[name] = self.table.column(name).to_numpy()
+            column = self.table.column(name)
+            kept = self._scalars[name] = scratch_zeros((len(column),), np.float32)
+            first = 0
+            for chunk in column.chunks:
+                kept[first : first + len(chunk)] = chunk.to_numpy(zero_copy_only=False)
+                first += len(chunk)
         return self._scalars[name]
 
 

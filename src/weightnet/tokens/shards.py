@@ -6,6 +6,7 @@ The schema, its version and its guarantees are in docs/SHARDS.md.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from weightnet.symmetry.spec import PermutationSpec
 from weightnet.tokens.layout import rows, spec_id
 from weightnet.tokens.networks import Networks, TokenPart
 from weightnet.tokens.schema import MAX_ROW, REMEDY, check_schema
+from weightnet.tokens.scratch import fits
 from weightnet.tokens.tokenizer import tokenize
 from weightnet.tokens.writer import REQUIRED
 
@@ -148,7 +150,7 @@ def _open_part(
     if not len(frame):
         raise ValueError(f"{directory} must hold a network, however: it holds none; {REMEDY}")
     paths = _shards(directory)
-    total, max_row = 0, 0
+    total, max_row, size = 0, 0, 0
     for path in paths:
         with _open_parquet(path) as file:
             check_schema(path, file.schema_arrow.metadata, "tokens")
@@ -157,6 +159,8 @@ def _open_part(
                 raise ValueError(f"{path} must state its max_row, however: {text}; {REMEDY}")
             max_row = int(text)
             total += file.metadata.num_rows
+            groups = range(file.metadata.num_row_groups)
+            size += sum(file.metadata.row_group(group).total_byte_size for group in groups)
     counts = {name: rows(spec, max_row).count for name, spec in specs.items()}
     starts = np.concatenate([[0], np.cumsum(frame["spec"].map(counts).to_numpy(np.int64))])
     if total != starts[-1]:
@@ -167,12 +171,7 @@ def _open_part(
     runs = frame["run"].to_numpy()
 
     def load() -> pa.Table:
-        tables = []
-        for path in paths:
-            with _open_parquet(path) as file:
-                tables.append(_read(file))
-                _check_columns(path, tables[-1])
-        table = pa.concat_tables(tables).unify_dictionaries()
+        table = _keep(_read_shards(paths), size)
         first = table.column("run").take(pa.array(starts[:-1])).to_numpy()
         if not np.array_equal(first.astype(object), runs.astype(object)):
             raise ValueError(
@@ -182,6 +181,30 @@ def _open_part(
         return table.drop_columns("run")
 
     return TokenPart(load, starts.astype(np.int64), max_row)
+
+
+def _read_shards(paths: Sequence[Path]) -> Iterator[pa.Table]:
+    for path in paths:
+        with _open_parquet(path) as file:
+            table = _read(file)
+        _check_columns(path, table)
+        yield table
+
+
+def _keep(tables: Iterator[pa.Table], size: int) -> pa.Table:
+    """One table of several, decoded; if it is large, in a temporary file that is mapped."""
+    if fits(size):
+        return pa.concat_tables(list(tables)).unify_dictionaries()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "tokens.arrows"
+        first = next(tables)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, first.schema) as stream:
+            stream.write_table(first)
+            del first
+            for table in tables:
+                stream.write_table(table)
+        with pa.memory_map(str(path)) as source:
+            return pa.ipc.open_stream(source).read_all().unify_dictionaries()
 
 
 def _check_columns(path: Path, table: pa.Table) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from weightnet.tokens.features import (
     EPSILON,
+    FEATURE_VALUES,
     LIMIT,
     Doubles,
     finite,
@@ -93,7 +94,7 @@ def _by_network(networks: Networks, width: int, columns: tuple[str, ...]) -> Dou
     """Statistics by position, and the totals."""
     out = np.full((len(networks), width), np.nan)
     picked = [_LAYER.index(name) for name in columns]
-    for stack in networks.stacks():
+    for stack in networks.stacks(FEATURE_VALUES):
         layers = [one for one in stack.layout.layers if one.fan_in]
         if not layers:
             continue
