@@ -119,6 +119,14 @@ def test_networks_of_other_inputs_or_outputs_have_no_answers(probes: LearnedProb
     assert np.isnan(probes.features(networks).values).all()
 
 
+def test_networks_of_another_task_have_no_answers(probes: LearnedProbes) -> None:
+    networks = make_networks(3, seed=9)
+    known = probes.features(networks).values
+    networks.frame["task"] = ["any", "another", ""]  # the last is not declared
+    np.testing.assert_array_equal(probes.features(networks).values[[0, 2]], known[[0, 2]])
+    assert np.isnan(probes.features(networks).values[1]).all()
+
+
 def test_too_few_networks_have_no_probes() -> None:
     learned = LearnedProbes(LearnedProbesConfig(per_class=1, steps=1), seed=0)
     networks = make_networks(4, seed=1)

@@ -9,9 +9,11 @@ network that has learned the task answers as the most accurate networks do, and 
 on noisy copies, the better it is; this consensus takes part in the features without a network's
 own vote.
 
-Networks whose inputs, outputs or tasks no training network has share no probes with them: their
-features are missing. Answers are functions of the network, so they are the same for permuted and
-rescaled copies but for rounding.
+Networks whose inputs, outputs or task no training network has share no probes with them: their
+features are missing. (Told by the probes of another task of the same shape, networks of an unseen
+one were ranked worse than without: docs/LOG.md.) A network of no declared task is read by the
+probes that it agrees with most. Answers are functions of the network, so they are the same for
+permuted and rescaled copies but for rounding.
 """
 
 from __future__ import annotations
@@ -55,10 +57,11 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """The probes of one task: ``images`` [V * N, ...], each noise's copies one after another, and
-    the consensus on them: sums over the ``members`` (run ids) of probabilities and of standardized
+    """The probes of one ``task``: ``images`` [V * N, ...], each noise's copies one after another,
+    and the consensus on them: sums over the ``members`` (run ids) of probabilities and of standardized
     logits [V * N, C]."""
 
+    task: str
     images: Array
     chances: Array
     logits: Array
@@ -107,6 +110,7 @@ class LearnedProbes:
             answers = [_answer(consensus, i, shown) for i in range(len(consensus))]
             self.sets.append(
                 ProbeSet(
+                    str(task),
                     shown.numpy(),
                     np.sum([_chances(one) for one in answers], axis=0),
                     np.sum([_standardized(one) for one in answers], axis=0),
@@ -115,8 +119,8 @@ class LearnedProbes:
             )
 
     def features(self, networks: Networks) -> Features:
-        """How each network answers the probes of the set that it agrees with most, NaN without
-        one.
+        """How each network answers the probes of its task (of the set that it agrees with most, if
+        the column task is empty), NaN without any.
 
         Raises:
             ValueError: if the networks cannot be run.
@@ -127,11 +131,12 @@ class LearnedProbes:
         shown = [(one, torch.from_numpy(one.images)) for one in self.sets]
         classes, runs = _outputs(networks), networks.frame["run"].astype(str).tolist()
         shapes = networks.frame["input"].astype(str).tolist() if self.sets else []
+        tasks = networks.frame["task"].astype(str).tolist()
         for i in range(len(networks) if self.sets else 0):
             found = []
             for one, images in shown:
-                fits = list(images.shape[1:]) == json.loads(shapes[i])
-                if fits and one.logits.shape[1] == classes[i]:
+                shaped = list(images.shape[1:]) == json.loads(shapes[i])
+                if shaped and one.logits.shape[1] == classes[i] and tasks[i] in ("", one.task):
                     found.append(_compare(_answer(networks, i, images), one, runs[i]))
             if found:
                 values[i] = max(found, key=lambda row: row[0])
@@ -146,20 +151,21 @@ class LearnedProbes:
                 for name in ("images", "chances", "logits")
             }
             write_arrays(folder / "probes.safetensors", arrays)
-        write_json(folder / "probes.json", [one.members for one in self.sets])
+        write_json(folder / "probes.json", [[one.task, one.members] for one in self.sets])
 
     def read(self, folder: Path) -> None:
         """Read what `write` wrote."""
-        members = json.loads((folder / "probes.json").read_text(encoding="utf-8"))
-        arrays = read_arrays(folder / "probes.safetensors") if members else {}
+        known = json.loads((folder / "probes.json").read_text(encoding="utf-8"))
+        arrays = read_arrays(folder / "probes.safetensors") if known else {}
         self.sets = [
             ProbeSet(
+                task,
                 arrays[f"{i}.images"],
                 arrays[f"{i}.chances"],
                 arrays[f"{i}.logits"],
                 tuple(runs),
             )
-            for i, runs in enumerate(members)
+            for i, (task, runs) in enumerate(known)
         ]
 
     def _distill(
