@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,19 @@ def test_the_reference_is_small_whole_and_has_a_card() -> None:
     card = (REFERENCE / "MODEL_CARD.md").read_text(encoding="utf-8")
     for heading in ("Data", "Splits", "Figures", "Limits"):
         assert f"## {heading}" in card
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in REFERENCE.glob("*.*")))
+def test_a_reference_that_was_damaged_is_refused(name: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(REFERENCE, tmp_path / "reference"))
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    if name == "MODEL_CARD.md":  # nobody reads it but people
+        WeightNet.load(folder)
+        return
+    with pytest.raises(ValueError, match="train it again"):
+        WeightNet.load(folder)
 
 
 def test_predictions_follow_the_function_not_the_order_of_neurons() -> None:

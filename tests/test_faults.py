@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+
+from weightnet import command
 
 ROOT = Path(__file__).parents[1]
 specification = importlib.util.spec_from_file_location(
@@ -249,13 +252,43 @@ def test_a_flipped_bit_is_refused_with_the_remedy(
     assert content(name).items() <= expected.items()
 
 
-def test_a_cut_predictor_is_refused_with_the_remedy(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("file", "columns"),
+    [
+        ("data/recipes/cnn.parquet", command.OWN_RECIPES),
+        ("data/predictions/weightnet-iid.parquet", command.PREDICTIONS),
+    ],
+)
+def test_a_bit_flipped_in_a_footer_is_refused_or_changes_nothing(
+    file: str, columns: command.Columns, folder: Path
+) -> None:
+    path, generator = Path(file), random.Random(0)
+    whole, before = path.read_bytes(), command.read_table(Path(file), "its_stage", columns)
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(footer, len(whole))] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            after = command.read_table(path, "its_stage", columns)
+        except ValueError as error:
+            assert str(path) in str(error)
+            assert "dvc repro its_stage" in str(error)
+            refused += 1
+        else:
+            assert after.equals(before)
+    assert refused > 50
+
+
+@pytest.mark.parametrize("harm", [flip, cut])
+def test_a_damaged_predictor_is_refused_with_the_remedy(
+    harm: Callable[[Path], None], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = content("evaluate")
     for path in sorted(Path("data/predictors/weightnet-iid/seed0").glob("*.safetensors")):
         whole = path.read_bytes()
-        cut(path)
+        harm(path)
         message = fails(capsys, "evaluate", 2)
         assert "data/predictors/weightnet-iid/seed0" in message
         assert path.name in message

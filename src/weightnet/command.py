@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -236,15 +235,16 @@ def read_table(
     import pandas as pd
 
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        ".parquet": partial(pd.read_parquet, page_checksum_verification=True),
+        ".parquet": _read_parquet,
         ".csv": pd.read_csv,
     }
     try:
         table = readers[path.suffix](require(path, stage))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
         if not path.exists():
             raise
-        reason = " ".join(str(error).split())
+        fact = str(error) if isinstance(error, OSError | ValueError) else repr(error)
+        reason = " ".join(fact.split())
         raise ValueError(
             f"{path} must be a whole {path.suffix} file, however: {reason}; remove it and run "
             f"`dvc repro {stage}`"
@@ -252,6 +252,26 @@ def read_table(
     if columns is not None:
         expect_columns(table, path, stage, columns, unique=unique)
     return table
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    """Read what `write_table` wrote. Checksums guard its pages; the names of the columns, which
+    are in its footer, are there twice.
+
+    Raises:
+        ValueError: or whatever pandas raises, if it is broken.
+    """
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, page_checksum_verification=True)
+    described = (table.schema.pandas_metadata or {}).get("columns")
+    if described is not None:
+        names = [column["field_name"] for column in described]
+        odd = set(names) ^ set(table.column_names)
+        odd |= {c["name"] for c in described} - {None, *names}
+        if odd:
+            raise ValueError(f"its footer tells two names of a column, such as {min(odd)}")
+    return table.to_pandas()
 
 
 def expect_columns(
