@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from weightnet import WeightNet
 from weightnet.cli import app
 from weightnet.estimator import REFERENCE
+from weightnet.inspection import describe_layers
 from weightnet.predictors.novelty import LEVEL, Novelty
 from weightnet.symmetry import permute, trace
 from weightnet.zoo.architectures import build
@@ -181,6 +182,18 @@ def test_inspect_counts_and_draws() -> None:
     assert f"{count:,} parameters" in flat
     assert "2 dead neurons" in flat
     assert Path("h.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_does_not_overflow() -> None:
+    module = network(**SMALL)
+    spec = trace(module, torch.zeros(1, 1, 14, 14))
+    one = {key: value.double() for key, value in module.state_dict().items()}
+    plain = describe_layers(spec, one)
+    for factor in (1e200, 1e-200):
+        layers = describe_layers(spec, {key: value * factor for key, value in one.items()})
+        for column in ("norm", "spread"):
+            assert np.allclose(layers[column] / factor, plain[column])
+        assert (layers["dead"] == plain["dead"]).all()
 
 
 def test_the_probing_predictor_takes_networks_too() -> None:
