@@ -201,14 +201,16 @@ def require(path: Path, stage: str) -> Path:
     return path
 
 
-Columns = Mapping[str, Literal["text", "number", "measurement"]]
-"""What a table must have: text, finite numbers, or numbers that may be missing or infinite."""
+Columns = Mapping[str, Literal["text", "count", "number", "measurement"]]
+"""What a table must have: text, whole numbers from 1, finite numbers, or numbers that may be
+missing or infinite."""
 
 RECIPES: Columns = {"run": "text", "stack": "text", "width": "number"}
 OWN_RECIPES: Columns = {
     **RECIPES,
     **dict.fromkeys(("family", "task", "arguments", "optimizer", "initialization"), "text"),
-    **dict.fromkeys(("batch_size", "steps", "train_images", "seed", "augmentation"), "number"),
+    **dict.fromkeys(("batch_size", "steps", "train_images"), "count"),
+    **dict.fromkeys(("seed", "augmentation"), "number"),
     **dict.fromkeys(("learning_rate", "weight_decay", "dropout", "label_noise"), "number"),
     "initialization_scale": "number",
 }
@@ -306,8 +308,10 @@ def _lack(table: pd.DataFrame, columns: Columns, unique: str) -> str:
                 return f"column {name} is not text"
         elif not pd.api.types.is_numeric_dtype(values):
             return f"column {name} is not numbers"
-        elif kind == "number" and not np.isfinite(values.to_numpy(dtype=float)).all():
+        elif kind != "measurement" and not np.isfinite(values.to_numpy(dtype=float)).all():
             return f"column {name} has values that are not finite"
+        elif kind == "count" and not (pd.api.types.is_integer_dtype(values) and min(values) >= 1):
+            return f"column {name} has values that are not whole numbers from 1"
     if unique and table[unique].duplicated().any():
         return f"column {unique} repeats {table[unique][table[unique].duplicated()].iat[0]}"
     return ""
