@@ -98,7 +98,16 @@ def main() -> None:
                 f"params key plot.properties must name scored properties, however: it has "
                 f"{', '.join(unknown)}"
             )
-        audit = read_table(METRICS / "audit.csv", "evaluate")
+        audit = read_table(METRICS / "audit.csv", "evaluate", command.AUDIT)
+        sizes = read_table(METRICS / "splits.csv", "evaluate", command.SIZES)
+        differences, importance, agreement = (
+            read_table(METRICS / f"{name}.csv", "evaluate", columns, empty=True)
+            for name, columns in (
+                ("differences", command.DIFFERENCES),
+                ("importance", command.IMPORTANCE),
+                ("agreement", command.AGREEMENT),
+            )
+        )
         predictions = pd.concat(
             read_table(
                 PREDICTIONS / f"{name}-{split}.parquet",
@@ -146,8 +155,6 @@ def main() -> None:
                     f"curves_{split}",
                     split=split,
                 )
-            importance = read_table(METRICS / "importance.csv", "evaluate")
-            agreement = read_table(METRICS / "agreement.csv", "evaluate")
             for of in importance["property"].unique():
                 figure = figures.importance(importance, agreement, property=of)
                 show(figure, "importance", f"importance_{of}", predictor=ours[0], property=of)
@@ -175,8 +182,8 @@ def main() -> None:
                 networks=networks,
                 scores=scores,
                 predictors=arrange(predictors, infos),
-                differences=read_table(METRICS / "differences.csv", "evaluate"),
-                sizes=read_table(METRICS / "splits.csv", "evaluate"),
+                differences=differences,
+                sizes=sizes,
                 audit=audit,
                 agreement=agreement,
                 ablations=read_ablations(),

@@ -223,16 +223,36 @@ SCORES: Columns = {
     **dict.fromkeys(("predictor", "split", "property", "subset", "metric"), "text"),
     **dict.fromkeys(("value", "low", "high", "n"), "measurement"),
 }
+DIFFERENCES: Columns = {
+    **dict.fromkeys(("predictor", "rival", "split", "property", "subset", "metric"), "text"),
+    **dict.fromkeys(("value", "low", "high", "n"), "measurement"),
+}
+SIZES: Columns = {
+    "split": "text",
+    **dict.fromkeys(("seed", "train", "validation", "test", "unused"), "number"),
+}
+AUDIT: Columns = {
+    **dict.fromkeys(("predictor", "split", "family", "transformation", "property"), "text"),
+    **dict.fromkeys(("largest", "relative", "tau", "tau_copies", "n"), "measurement"),
+}
+IMPORTANCE: Columns = {
+    **dict.fromkeys(("family", "model", "property", "view"), "text"),
+    **dict.fromkeys(("position", "importance"), "measurement"),
+}
+AGREEMENT: Columns = {
+    **dict.fromkeys(("family", "model", "property"), "text"),
+    **dict.fromkeys(("correlation", "top_tenth"), "measurement"),
+}
 
 
 def read_table(
-    path: Path, stage: str, columns: Columns | None = None, *, unique: str = ""
+    path: Path, stage: str, columns: Columns, *, unique: str = "", empty: bool = False
 ) -> pd.DataFrame:
     """Read the .parquet or .csv that ``stage`` made.
 
     Raises:
-        ValueError: if it is missing or broken, or lacks rows or what ``columns`` asks, or repeats
-            a value of the column ``unique``.
+        ValueError: if it is missing or broken, or lacks what ``columns`` asks, or rows (unless it
+            may be ``empty``), or repeats a value of the column ``unique``.
     """
     import pandas as pd
 
@@ -251,8 +271,7 @@ def read_table(
             f"{path} must be a whole {path.suffix} file, however: {reason}; remove it and run "
             f"`dvc repro {stage}`"
         ) from None
-    if columns is not None:
-        expect_columns(table, path, stage, columns, unique=unique)
+    expect_columns(table, path, stage, columns, unique=unique, empty=empty)
     return table
 
 
@@ -277,7 +296,13 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def expect_columns(
-    table: pd.DataFrame, path: Path, stage: str, columns: Columns, *, unique: str = ""
+    table: pd.DataFrame,
+    path: Path,
+    stage: str,
+    columns: Columns,
+    *,
+    unique: str = "",
+    empty: bool = False,
 ) -> None:
     """Refuse a ``table``, read from ``path``, that ``stage`` would not have made (see
     `read_table`).
@@ -285,23 +310,25 @@ def expect_columns(
     Raises:
         ValueError: saying what it lacks.
     """
-    if fact := _lack(table, columns, unique):
+    if fact := _lack(table, columns, unique, empty):
         raise ValueError(
             f"{path} must be as {stage} makes it, however: {fact}; remove it and run "
             f"`dvc repro {stage}`"
         )
 
 
-def _lack(table: pd.DataFrame, columns: Columns, unique: str) -> str:
+def _lack(table: pd.DataFrame, columns: Columns, unique: str, empty: bool) -> str:
     """What ``table`` lacks of ``columns``, in words; nothing if nothing."""
     import numpy as np
     import pandas as pd
 
-    if table.empty:
+    if table.empty and not empty:
         return "it has no rows"
     for name, kind in columns.items():
         if name not in table:
             return f"it has no column {name}"
+        if table.empty:  # which has no types
+            continue
         values = table[name]
         if kind == "text":
             if not all(isinstance(value, str) for value in values):
