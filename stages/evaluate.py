@@ -101,7 +101,9 @@ def main() -> None:
         with writing(METRICS):
             sweep(METRICS)
             evaluation = Evaluation(predictions, networks.frame, config.scores)
-            scores = evaluation.scores()
+            count = len(splits) * (len(predictors) + 1)  # and the ceiling
+            with Progress("scores", count, "predictors on splits") as progress:
+                scores = evaluation.scores(progress.advance)
             ours = [name for name in predictors if PREDICTORS[name].kind == "ours"]
             differences = evaluation.differences(ours)
             seeds = sorted(predictions["seed"].unique())

@@ -20,6 +20,7 @@ from weightnet.command import (
 from weightnet.durable import replace_file, sweep, write_text
 from weightnet.params import Params
 from weightnet.predictors import PREDICTORS
+from weightnet.progress import Progress
 from weightnet.report import figures
 from weightnet.report.evidence import Evidence, Picture
 from weightnet.report.names import PredictorInfo, arrange
@@ -98,7 +99,16 @@ def main() -> None:
                 f"params key plot.properties must name scored properties, however: it has "
                 f"{', '.join(unknown)}"
             )
-        audit = read_table(METRICS / "audit.csv", "evaluate")
+        audit = read_table(METRICS / "audit.csv", "evaluate", command.AUDIT)
+        sizes = read_table(METRICS / "splits.csv", "evaluate", command.SIZES)
+        differences, importance, agreement = (
+            read_table(METRICS / f"{name}.csv", "evaluate", columns, empty=True)
+            for name, columns in (
+                ("differences", command.DIFFERENCES),
+                ("importance", command.IMPORTANCE),
+                ("agreement", command.AGREEMENT),
+            )
+        )
         predictions = pd.concat(
             read_table(
                 PREDICTIONS / f"{name}-{split}.parquet",
@@ -111,7 +121,9 @@ def main() -> None:
         curves = read_curves(predictors, splits)
         infos = [describe(name) for name in predictors]
         ours = [info.name for info in infos if info.kind == "ours"]
-        with writing(PLOTS):
+        explained = importance["property"].unique()
+        count = 3 + 2 * len(config.properties) + (len(ours) + 2) * len(splits) + len(explained)
+        with writing(PLOTS), Progress("plot", count, "figures") as progress:
             sweep(PLOTS)
             pictures: list[Picture] = []
 
@@ -119,6 +131,7 @@ def main() -> None:
                 name = name or kind
                 figures.save(figure, PLOTS / f"{name}.png")
                 pictures.append(Picture(kind, f"../plots/{name}.png", **of))
+                progress.advance()
 
             show(figures.zoo_distributions(networks), "zoo_distributions")
             show(figures.ceilings(networks, scores), "ceilings")
@@ -146,9 +159,7 @@ def main() -> None:
                     f"curves_{split}",
                     split=split,
                 )
-            importance = read_table(METRICS / "importance.csv", "evaluate")
-            agreement = read_table(METRICS / "agreement.csv", "evaluate")
-            for of in importance["property"].unique():
+            for of in explained:
                 figure = figures.importance(importance, agreement, property=of)
                 show(figure, "importance", f"importance_{of}", predictor=ours[0], property=of)
             show(figures.invariance(audit, infos), "invariance")
@@ -175,8 +186,8 @@ def main() -> None:
                 networks=networks,
                 scores=scores,
                 predictors=arrange(predictors, infos),
-                differences=read_table(METRICS / "differences.csv", "evaluate"),
-                sizes=read_table(METRICS / "splits.csv", "evaluate"),
+                differences=differences,
+                sizes=sizes,
                 audit=audit,
                 agreement=agreement,
                 ablations=read_ablations(),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from weightnet import WeightNet
 from weightnet.cli import app
 from weightnet.estimator import REFERENCE
+from weightnet.inspection import describe_layers
 from weightnet.predictors.novelty import LEVEL, Novelty
 from weightnet.symmetry import permute, trace
 from weightnet.zoo.architectures import build
@@ -61,6 +63,19 @@ def test_the_reference_is_small_whole_and_has_a_card() -> None:
     card = (REFERENCE / "MODEL_CARD.md").read_text(encoding="utf-8")
     for heading in ("Data", "Splits", "Figures", "Limits"):
         assert f"## {heading}" in card
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in REFERENCE.glob("*.*")))
+def test_a_reference_that_was_damaged_is_refused(name: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(REFERENCE, tmp_path / "reference"))
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    if name == "MODEL_CARD.md":  # nobody reads it but people
+        WeightNet.load(folder)
+        return
+    with pytest.raises(ValueError, match="train it again"):
+        WeightNet.load(folder)
 
 
 def test_predictions_follow_the_function_not_the_order_of_neurons() -> None:
@@ -167,6 +182,18 @@ def test_inspect_counts_and_draws() -> None:
     assert f"{count:,} parameters" in flat
     assert "2 dead neurons" in flat
     assert Path("h.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_does_not_overflow() -> None:
+    module = network(**SMALL)
+    spec = trace(module, torch.zeros(1, 1, 14, 14))
+    one = {key: value.double() for key, value in module.state_dict().items()}
+    plain = describe_layers(spec, one)
+    for factor in (1e200, 1e-200):
+        layers = describe_layers(spec, {key: value * factor for key, value in one.items()})
+        for column in ("norm", "spread"):
+            assert np.allclose(layers[column] / factor, plain[column])
+        assert (layers["dead"] == plain["dead"]).all()
 
 
 def test_the_probing_predictor_takes_networks_too() -> None:

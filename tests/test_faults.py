@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+
+from weightnet import command
 
 ROOT = Path(__file__).parents[1]
 specification = importlib.util.spec_from_file_location(
@@ -249,13 +253,43 @@ def test_a_flipped_bit_is_refused_with_the_remedy(
     assert content(name).items() <= expected.items()
 
 
-def test_a_cut_predictor_is_refused_with_the_remedy(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("file", "columns"),
+    [
+        ("data/recipes/cnn.parquet", command.OWN_RECIPES),
+        ("data/predictions/weightnet-iid.parquet", command.PREDICTIONS),
+    ],
+)
+def test_a_bit_flipped_in_a_footer_is_refused_or_changes_nothing(
+    file: str, columns: command.Columns, folder: Path
+) -> None:
+    path, generator = Path(file), random.Random(0)
+    whole, before = path.read_bytes(), command.read_table(Path(file), "its_stage", columns)
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(footer, len(whole))] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            after = command.read_table(path, "its_stage", columns)
+        except ValueError as error:
+            assert str(path) in str(error)
+            assert "dvc repro its_stage" in str(error)
+            refused += 1
+        else:
+            assert after.equals(before)
+    assert refused > 50
+
+
+@pytest.mark.parametrize("harm", [flip, cut])
+def test_a_damaged_predictor_is_refused_with_the_remedy(
+    harm: Callable[[Path], None], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = content("evaluate")
     for path in sorted(Path("data/predictors/weightnet-iid/seed0").glob("*.safetensors")):
         whole = path.read_bytes()
-        cut(path)
+        harm(path)
         message = fails(capsys, "evaluate", 2)
         assert "data/predictors/weightnet-iid/seed0" in message
         assert path.name in message
@@ -288,6 +322,103 @@ def test_a_damaged_checkpoint_is_not_continued(
     assert "this fit starts anew" in caplog.text
     assert content("train_predictor") == expected
     assert not killing.leftovers(Path())
+
+
+PREDICTED = "data/predictions/weightnet-iid.parquet"
+HEAD = "predictor,split,property,subset,metric,value,low,high,n\n"
+BAD_FILES: list[tuple[str, str, Any, str]] = [
+    *(
+        ("generate_zoo", "params.yaml", content, words)
+        for content, words in [
+            (b"families: \xff\xfe", "can't decode byte"),
+            (b"- 1", "it is list"),
+            (b"\t- x", "cannot start any token"),
+            (b"families: \0", "special characters are not allowed"),
+            (b"families: [cnn]\nfamilies: [vgg11]", "while constructing a mapping"),
+            (b"a: !!python/object/apply:os.mkdir [evil]", "could not determine a constructor"),
+            ("folder", "no such file"),
+            ("loop", "no such file"),
+        ]
+    ),
+    *(
+        ("train_zoo", "data/recipes/cnn.parquet", content, words)
+        for content, words in [
+            (pd.DataFrame({"x": [1]}), "it has no column run"),
+            (b"run,stack,width", "is not a parquet file"),
+            ("folder", "it has no rows"),
+            ("loop", "it is missing"),
+        ]
+    ),
+    *(
+        (stage, PREDICTED, content, words)
+        for stage in ("evaluate", "plot")
+        for content, words in [
+            (pd.DataFrame({"run": ["a"]}), "it has no column family"),
+            (lambda table: table[:0], "it has no rows"),
+            (lambda table: table.assign(predicted="wide"), "column predicted is not numbers"),
+            (
+                lambda table: table.assign(predicted=float("inf")),
+                "column predicted has values that are not finite",
+            ),
+            (lambda table: table.assign(run=3), "column run is not text"),
+            ("folder", "it has no rows"),
+            ("loop", "it is missing"),
+        ]
+    ),
+    (
+        "evaluate",
+        PREDICTED,
+        lambda table: table.assign(run="unknown"),
+        "a prediction must occur once",
+    ),
+    (
+        "evaluate",
+        PREDICTED,
+        lambda table: pd.concat([table, table]),
+        "a prediction must occur once",
+    ),
+    *(
+        ("plot", f"metrics/{name}.csv", content, words)
+        for name in ("scores", "audit", "importance", "agreement", "differences", "splits")
+        for content, words in [
+            (b"", "No columns to parse"),
+            (b"\xff\0\x01" * 99, "can't decode byte"),
+            (b"a,b\n1,2\n", "it has no column "),
+            (HEAD.encode(), "metrics/"),
+            (f"{HEAD}{'x,' * 8}x\n".encode(), "metrics/"),
+            ("folder", "Is a directory"),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "words"), BAD_FILES, ids=[str(i) for i in range(len(BAD_FILES))]
+)
+def test_a_bad_input_is_refused_in_words(
+    name: str, file: str, content: Any, words: str, folder: Path, capsys: Any
+) -> None:
+    expected, path = killing.content(folder, STAGES[name]), Path(file)
+    table = content(pd.read_parquet(path)) if callable(content) else content
+    path.unlink()
+    if isinstance(table, pd.DataFrame):
+        table.to_parquet(path, index=False)
+    elif isinstance(table, bytes):
+        path.write_bytes(table)
+    elif table == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path.name)
+    with pytest.raises(SystemExit) as stopped:
+        run(name)
+    message = capsys.readouterr().err
+    assert words in " ".join(message.split())
+    assert stopped.value.code in (1, 2)
+    assert message.count("error: ") == 1
+    assert "Traceback" not in message
+    assert "fault of the program" not in message
+    assert killing.content(folder, STAGES[name]) == expected
+    assert not Path("evil").exists()
 
 
 def test_params_that_change_while_a_stage_runs_are_noticed(

@@ -7,7 +7,9 @@ import io
 import json
 import os
 import pickle
+import struct
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,31 @@ STATE = dict(build("cnn", **SMALL).state_dict())
 OTHER = torch.ones(2, 3)
 GOOD, SAFE = saved(STATE), save(STATE)
 
+
+class Evil:
+    """Pickled, it is a call that whoever unpickles it makes."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("evil",)
+
+
+def headed(header: dict[str, Any] | bytes, data: bytes = bytes(4)) -> bytes:
+    """A .safetensors file with this header."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def claiming(shape: list[int], dtype: str = "F32", end: int = 4) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}
+
+
+def zipped(size: int) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(size))
+    return stream.getvalue()
+
+
 FILES: dict[str, tuple[bytes, str]] = {
     "empty.pt": (b"", "it is empty"),
     "empty.safetensors": (b"", "it is empty"),
@@ -67,6 +94,54 @@ FILES: dict[str, tuple[bytes, str]] = {
     "complex.pt": (saved({**STATE, KEY: STATE[KEY] + 1j}), "is complex"),
     "shape.pt": (saved({**STATE, KEY: OTHER}), "of another shape: blocks.0.conv.weight (2, 3)"),
     "absent.pt": (b"", "there is no such file"),
+    "huge.safetensors": (
+        headed({"a": claiming([1 << 40, 1 << 20])}),
+        "overflow computing buffer size",
+    ),
+    "negative.safetensors": (headed({"a": claiming([-1])}), "expected usize"),
+    "overflow.safetensors": (
+        headed({"a": claiming([1 << 63] * 2, end=0)}, b""),
+        "overflow computing buffer size",
+    ),
+    "overlap.safetensors": (
+        headed({"a": claiming([1]), "b": claiming([1])}),
+        "invalid offset for tensor",
+    ),
+    "dtype.safetensors": (headed({"a": claiming([1], "F7")}), "invalid JSON in header"),
+    "metadata.safetensors": (headed({"__metadata__": {"a": 1}}, b""), "expected a string"),
+    "nothing.safetensors": (headed({}, b""), "must hold tensors, however: it holds none"),
+    "deep.safetensors": (
+        headed(b'{"a":' * 50_000 + b"1" + b"}" * 50_000),
+        "recursion limit exceeded",
+    ),
+    "coding.safetensors": (headed(b'{"\xff": 1}'), "invalid UTF-8 in header"),
+    "endless.safetensors": (struct.pack("<Q", 1 << 62) + b"{", "header too large"),
+    "hungry.safetensors": (struct.pack("<Q", 90_000_000) + b"{" * 1000, "invalid header length"),
+    "short.safetensors": (SAFE[:100], "invalid header length"),
+    "long.safetensors": (SAFE + b"xx", "file not fully covered"),
+    "overflown.safetensors": (
+        save({k: v.double() * 1e308 * 10 for k, v in STATE.items()}),
+        "weights must be finite",
+    ),
+    "call.pt": (pickle.dumps(Evil()), "other objects, or is broken"),
+    "call_inside.pt": (
+        pickle.dumps({"a": Evil()}, protocol=2),
+        "posix.mkdir, which are not loaded",
+    ),
+    "call_saved.pt": (saved({"a": Evil()}), "posix.mkdir, which are not loaded"),
+    "bomb.pt": (zipped(200_000_000), "it is compressed"),
+    "numbered.pt": (saved({1: OTHER, 2: OTHER}), "with the keys 1, 2"),
+    "gzip.pt": (b"\x1f\x8b\x08\0\0", "neither a zip archive nor a pickle"),
+    "tar.pt": (b"ustar" * 200, "neither a zip archive nor a pickle"),
+    "zeros.pt": (bytes(4096), "neither a zip archive nor a pickle"),
+    "\u4e16\u754c \xfc.pt": (b"nothing", "neither a zip archive nor a pickle"),
+}
+
+SPECIAL = {
+    "loop.pt": "loop.pt",
+    "dangling.safetensors": "nowhere",
+    "device.pt": "/dev/zero",
+    "folder.pt": "junk",
 }
 
 SYMMETRY: list[tuple[tuple[str, ...], str]] = [
@@ -200,6 +275,8 @@ CORPUS = [
     *((("symmetry", "cnn", "--architecture-args", text), w) for text, w in ARGUMENTS.items()),
     *((("predict", name, *CNN), words) for name, (_, words) in FILES.items()),
     *((("canonicalize", name, *TO), words) for name, (_, words) in FILES.items()),
+    *((("inspect", name, *CNN), "there is no such file") for name in (*SPECIAL, "pipe.pt")),
+    *((("permute", name, *TO), "there is no such file") for name in (*SPECIAL, "pipe.pt")),
 ]
 
 
@@ -210,6 +287,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (content, _) in FILES.items():
         if name != "absent.pt":
             (folder / name).write_bytes(content)
+    for name, target in SPECIAL.items():
+        (folder / name).symlink_to(target)
+    os.mkfifo(folder / "pipe.pt")
     (folder / "good.pt").write_bytes(GOOD)
     (folder / "out.safetensors").write_text(BYTES)
     (folder / "a.safetensors").mkdir()
@@ -223,7 +303,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_corpus_is_large() -> None:
-    assert len({arguments for arguments, _ in CORPUS}) >= 100
+    assert len({arguments for arguments, _ in CORPUS}) >= 200
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")

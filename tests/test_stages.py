@@ -338,11 +338,18 @@ def test_help_explains_itself(stage: str) -> None:
     assert json.dumps(result.output).count("TODO") == 0
 
 
+def _halve(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(train_images=table["train_images"] + 0.5)
+
+
 BAD_TABLES: list[tuple[str, Callable[[pd.DataFrame], pd.DataFrame]]] = [
     ("it has no rows", lambda table: table[:0]),
     ("no column stack", lambda table: table.drop(columns="stack")),
     ("column width is not numbers", lambda table: table.assign(width="wide")),
     ("column learning_rate has values", lambda table: table.assign(learning_rate=float("nan"))),
+    ("column batch_size has values that are not whole", lambda table: table.assign(batch_size=0)),
+    ("column steps has values that are not whole", lambda table: table.assign(steps=-1)),
+    ("column train_images has values that are not whole", _halve),
     ("column task is not text", lambda table: table.assign(task=7)),
     ("column run repeats", lambda table: pd.concat([table, table])),
 ]

@@ -217,7 +217,8 @@ def _read_pytorch(path: Path) -> Any:
             warnings.simplefilter("ignore")  # what matters of the file is an error here
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"`([\w.]+)`", str(error))
+        found = str(error).rpartition("WeightsUnpickler error:")[2]  # before it: general advice
+        named = re.search(r"GLOBAL ([\w.]+)", found) or re.search(r"`([\w.]+)`", found)
         what = f"such as {named[1]}" if named else "or is broken"
         raise CheckpointError(
             f"{path} must hold tensors only, however: it holds other objects, {what}, which are "

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -202,14 +201,16 @@ def require(path: Path, stage: str) -> Path:
     return path
 
 
-Columns = Mapping[str, Literal["text", "number", "measurement"]]
-"""What a table must have: text, finite numbers, or numbers that may be missing or infinite."""
+Columns = Mapping[str, Literal["text", "count", "number", "measurement"]]
+"""What a table must have: text, whole numbers from 1, finite numbers, or numbers that may be
+missing or infinite."""
 
 RECIPES: Columns = {"run": "text", "stack": "text", "width": "number"}
 OWN_RECIPES: Columns = {
     **RECIPES,
     **dict.fromkeys(("family", "task", "arguments", "optimizer", "initialization"), "text"),
-    **dict.fromkeys(("batch_size", "steps", "train_images", "seed", "augmentation"), "number"),
+    **dict.fromkeys(("batch_size", "steps", "train_images"), "count"),
+    **dict.fromkeys(("seed", "augmentation"), "number"),
     **dict.fromkeys(("learning_rate", "weight_decay", "dropout", "label_noise"), "number"),
     "initialization_scale": "number",
 }
@@ -222,40 +223,86 @@ SCORES: Columns = {
     **dict.fromkeys(("predictor", "split", "property", "subset", "metric"), "text"),
     **dict.fromkeys(("value", "low", "high", "n"), "measurement"),
 }
+DIFFERENCES: Columns = {
+    **dict.fromkeys(("predictor", "rival", "split", "property", "subset", "metric"), "text"),
+    **dict.fromkeys(("value", "low", "high", "n"), "measurement"),
+}
+SIZES: Columns = {
+    "split": "text",
+    **dict.fromkeys(("seed", "train", "validation", "test", "unused"), "number"),
+}
+AUDIT: Columns = {
+    **dict.fromkeys(("predictor", "split", "family", "transformation", "property"), "text"),
+    **dict.fromkeys(("largest", "relative", "tau", "tau_copies", "n"), "measurement"),
+}
+IMPORTANCE: Columns = {
+    **dict.fromkeys(("family", "model", "property", "view"), "text"),
+    **dict.fromkeys(("position", "importance"), "measurement"),
+}
+AGREEMENT: Columns = {
+    **dict.fromkeys(("family", "model", "property"), "text"),
+    **dict.fromkeys(("correlation", "top_tenth"), "measurement"),
+}
 
 
 def read_table(
-    path: Path, stage: str, columns: Columns | None = None, *, unique: str = ""
+    path: Path, stage: str, columns: Columns, *, unique: str = "", empty: bool = False
 ) -> pd.DataFrame:
     """Read the .parquet or .csv that ``stage`` made.
 
     Raises:
-        ValueError: if it is missing or broken, or lacks rows or what ``columns`` asks, or repeats
-            a value of the column ``unique``.
+        ValueError: if it is missing or broken, or lacks what ``columns`` asks, or rows (unless it
+            may be ``empty``), or repeats a value of the column ``unique``.
     """
     import pandas as pd
 
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        ".parquet": partial(pd.read_parquet, page_checksum_verification=True),
+        ".parquet": _read_parquet,
         ".csv": pd.read_csv,
     }
     try:
         table = readers[path.suffix](require(path, stage))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
         if not path.exists():
             raise
-        reason = " ".join(str(error).split())
+        fact = str(error) if isinstance(error, OSError | ValueError) else repr(error)
+        reason = " ".join(fact.split())
         raise ValueError(
             f"{path} must be a whole {path.suffix} file, however: {reason}; remove it and run "
             f"`dvc repro {stage}`"
         ) from None
-    if columns is not None:
-        expect_columns(table, path, stage, columns, unique=unique)
+    expect_columns(table, path, stage, columns, unique=unique, empty=empty)
     return table
 
 
+def _read_parquet(path: Path) -> pd.DataFrame:
+    """Read what `write_table` wrote. Checksums guard its pages; the names of the columns, which
+    are in its footer, are there twice.
+
+    Raises:
+        ValueError: or whatever pandas raises, if it is broken.
+    """
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, page_checksum_verification=True)
+    described = (table.schema.pandas_metadata or {}).get("columns")
+    if described is not None:
+        names = [column["field_name"] for column in described]
+        odd = set(names) ^ set(table.column_names)
+        odd |= {c["name"] for c in described} - {None, *names}
+        if odd:
+            raise ValueError(f"its footer tells two names of a column, such as {min(odd)}")
+    return table.to_pandas()
+
+
 def expect_columns(
-    table: pd.DataFrame, path: Path, stage: str, columns: Columns, *, unique: str = ""
+    table: pd.DataFrame,
+    path: Path,
+    stage: str,
+    columns: Columns,
+    *,
+    unique: str = "",
+    empty: bool = False,
 ) -> None:
     """Refuse a ``table``, read from ``path``, that ``stage`` would not have made (see
     `read_table`).
@@ -263,31 +310,35 @@ def expect_columns(
     Raises:
         ValueError: saying what it lacks.
     """
-    if fact := _lack(table, columns, unique):
+    if fact := _lack(table, columns, unique, empty):
         raise ValueError(
             f"{path} must be as {stage} makes it, however: {fact}; remove it and run "
             f"`dvc repro {stage}`"
         )
 
 
-def _lack(table: pd.DataFrame, columns: Columns, unique: str) -> str:
+def _lack(table: pd.DataFrame, columns: Columns, unique: str, empty: bool) -> str:
     """What ``table`` lacks of ``columns``, in words; nothing if nothing."""
     import numpy as np
     import pandas as pd
 
-    if table.empty:
+    if table.empty and not empty:
         return "it has no rows"
     for name, kind in columns.items():
         if name not in table:
             return f"it has no column {name}"
+        if table.empty:  # which has no types
+            continue
         values = table[name]
         if kind == "text":
             if not all(isinstance(value, str) for value in values):
                 return f"column {name} is not text"
         elif not pd.api.types.is_numeric_dtype(values):
             return f"column {name} is not numbers"
-        elif kind == "number" and not np.isfinite(values.to_numpy(dtype=float)).all():
+        elif kind != "measurement" and not np.isfinite(values.to_numpy(dtype=float)).all():
             return f"column {name} has values that are not finite"
+        elif kind == "count" and not (pd.api.types.is_integer_dtype(values) and min(values) >= 1):
+            return f"column {name} has values that are not whole numbers from 1"
     if unique and table[unique].duplicated().any():
         return f"column {unique} repeats {table[unique][table[unique].duplicated()].iat[0]}"
     return ""

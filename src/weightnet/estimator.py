@@ -24,6 +24,7 @@ from torch import nn
 
 from weightnet.architecture import build_architecture, input_shape, trace_module
 from weightnet.checkpoint import CheckpointError, fit_state, read_state
+from weightnet.durable import replace_folder, write_digests
 from weightnet.evaluation.splits import groups
 from weightnet.params import parse
 from weightnet.predictors import Predictor, build, entry
@@ -117,8 +118,11 @@ class WeightNet:
 
     def save(self, folder: str | Path) -> None:
         """Write the fitted predictor; `load` reads it back."""
-        self._fitted().save(Path(folder))
-        write_json(Path(folder) / PREPARATION, dict(self.preparation or {}))
+        fitted = self._fitted()
+        with replace_folder(Path(folder)) as temporary:
+            fitted.save(temporary)
+            write_json(temporary / PREPARATION, dict(self.preparation or {}))
+            write_digests(temporary)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The constructor's arguments."""

@@ -30,7 +30,7 @@ from torch import nn
 
 from weightnet.architecture import build_architecture, importable, input_shape, trace_module
 from weightnet.checkpoint import read_state
-from weightnet.durable import replace_file, replace_folder
+from weightnet.durable import digest, replace_file, replace_folder
 from weightnet.progress import Progress
 from weightnet.symmetry import PermutationSpec
 from weightnet.tokens import tokenize
@@ -127,7 +127,7 @@ def check_zoo(
                 wrong(position, str(error).replace(f"{folder}{os.sep}", ""))
                 continue
             notes += [f"row {position + 1}, {row['file']}: {note}" for note in told]
-            found[position] = {**described, "weights": _sha256(file)}
+            found[position] = {**described, "weights": digest(file)}
     bad = {problem.row - 1 for problem in problems}
     good = [position for position in found if position not in bad]
     kept = rows.iloc[good].reset_index(drop=True)
@@ -538,7 +538,7 @@ def _write_stack(zoo: CheckedZoo, folder: Path, rows: pd.DataFrame) -> None:
     for name, weights in zip(rows["file"], rows["weights"], strict=True):
         file = _inside(zoo.folder, name)
         states.append(read_state(file, module)[0])
-        if _sha256(file) != weights:
+        if digest(file) != weights:
             raise ValueError(f"{file} must not change during the import, however: it did")
     shared = [key for key in states[0] if all(key in state for state in states)]
     networks = rows[["run", *(c for c in rows if c.startswith("property."))]]
@@ -563,8 +563,3 @@ def _sources(zoo: CheckedZoo) -> dict[str, bytes]:
             if any(Path(file) == root / relative for root in roots):
                 found[relative.as_posix()] = Path(file).read_bytes()
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -26,7 +26,11 @@ def describe_layers(spec: PermutationSpec, state: State) -> pd.DataFrame:
         layer = one.layer
         names = [layer.weight, layer.bias, layer.scale, layer.shift]
         learned = [state[name] for name in names if name is not None]
-        weight = state[layer.weight].double() if layer.weight is not None else None
+        weight, largest = None, 1.0
+        if layer.weight is not None:  # divided by its largest, so that no square overflows
+            weight = state[layer.weight].double()
+            largest = float(weight.abs().max()) if weight.numel() else 0.0
+            weight = weight / (largest or 1.0)
         dead = torch.zeros(one.outputs, dtype=torch.bool)
         if weight is not None:
             dead |= _negligible(weight.flatten(1).norm(dim=1))
@@ -40,8 +44,10 @@ def describe_layers(spec: PermutationSpec, state: State) -> pd.DataFrame:
                 "activation": layer.activation,
                 "tokens": one.outputs,
                 "parameters": sum(tensor.numel() for tensor in learned),
-                "norm": float(weight.norm()) if weight is not None else float("nan"),
-                "spread": float(weight.std(correction=0)) if weight is not None else float("nan"),
+                "norm": largest * float(weight.norm()) if weight is not None else float("nan"),
+                "spread": largest * float(weight.std(correction=0))
+                if weight is not None
+                else float("nan"),
                 "dead": int(dead.sum()),
             }
         )

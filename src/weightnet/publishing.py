@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from weightnet.durable import replace_folder
+from weightnet.durable import replace_folder, write_digests
 from weightnet.estimator import PREPARATION, WeightNet, find_predictor
 from weightnet.params import read_params
 from weightnet.predictors.interface import write_json
@@ -47,6 +47,8 @@ def publish(source: Path, params: Path, metrics: Path, target: Path) -> int:
     with replace_folder(target) as temporary:
         shutil.copytree(place, temporary, dirs_exist_ok=True)
         write_json(temporary / PREPARATION, dict(model.preparation or {}))
+        (temporary / CARD).unlink(missing_ok=True)  # of a source that is a reference itself
+        write_digests(temporary)  # of what is read; the card may be edited
         (temporary / CARD).write_text(card, encoding="utf-8")
     return size
 

@@ -85,6 +85,22 @@ def test_save_and_load_change_nothing(name: str, parts: Parts, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_a_flipped_bit_is_never_read(name: str, parts: Parts, tmp_path: Path) -> None:
+    fitted(name, parts).save(tmp_path / "saved")
+    generator = np.random.default_rng(0)
+    for path in sorted(path for path in (tmp_path / "saved").rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        for bit in generator.integers(0, 8 * len(whole), 40):
+            damaged = bytearray(whole)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="train it again"):
+                Predictor.load(tmp_path / "saved")
+        path.write_bytes(whole)
+    Predictor.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_equal_seeds_give_equal_files(name: str, parts: Parts, tmp_path: Path) -> None:
     for folder in ("first", "second"):
         fitted(name, parts, seed=3).save(tmp_path / folder)

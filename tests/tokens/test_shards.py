@@ -17,6 +17,7 @@ import torch
 
 import weightnet.tokens.schema as schema
 import weightnet.tokens.scratch as scratch
+from weightnet.durable import write_digests
 from weightnet.symmetry.spec import PermutationSpec
 from weightnet.tokens import (
     Networks,
@@ -97,6 +98,7 @@ def test_bytes_do_not_depend_on_the_order_of_arrival(samples, tmp_path: Path) ->
     write(samples, tmp_path / "b", shuffled=True)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert sorted(contents(tmp_path / "a")) == [
+        "digests.json",
         "networks.parquet",
         "specs.parquet",
         "tokens-00000.parquet",
@@ -107,7 +109,7 @@ def test_bytes_do_not_depend_on_the_order_of_arrival(samples, tmp_path: Path) ->
 
 def test_files_carry_schema_version_and_sorted_rows(samples, tmp_path: Path) -> None:
     write(samples, tmp_path / "cnn")
-    for path in (tmp_path / "cnn").iterdir():
+    for path in (tmp_path / "cnn").glob("*.parquet"):
         assert pq.read_schema(path).metadata[b"weightnet.version"] == b"1"
     for path in sorted((tmp_path / "cnn").glob("tokens-*")):
         frame = pq.read_table(path, columns=["run", "layer", "index", "chunk"]).to_pandas()
@@ -230,6 +232,7 @@ def _swap(folder: Path) -> None:
         (shutil.rmtree, "no such folder"),
         (_drop("networks.parquet"), r"networks\.parquet must exist"),
         (_drop("specs.parquet"), r"specs\.parquet must exist"),
+        (_drop("digests.json"), r"digests\.json must exist"),
         (_drop("tokens-00001.parquet"), r"tokens-00001\.parquet must exist"),
         (_drop("tokens-00002.parquet"), "must hold the"),
         (_truncate, "must be a Parquet file"),
@@ -279,6 +282,7 @@ def test_shards_in_another_order_are_noticed(samples, tmp_path: Path) -> None:
     first, second = a.read_bytes(), b.read_bytes()
     a.write_bytes(second)
     b.write_bytes(first)
+    write_digests(tmp_path / "cnn")
     networks = read_networks([tmp_path / "cnn"])
     with pytest.raises(ValueError, match="in the order of"):
         networks.state(0)

@@ -21,7 +21,7 @@ higher than this.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -156,9 +156,10 @@ class Evaluation:
             self._draws[key] = self._compute(*key)
         return self._draws[key]
 
-    def scores(self) -> pd.DataFrame:
+    def scores(self, advance: Callable[[], object] = lambda: None) -> pd.DataFrame:
         """Return predictor, split, property, subset, metric, value, low, high, n: every score, in
-        a stable order."""
+        a stable order. ``advance`` is called when a predictor, or the ceiling, is done on a
+        split."""
         rows = []
         for split in self.splits:
             table = self._tables[split]
@@ -178,6 +179,7 @@ class Evaluation:
                                         **self._row(values, n),
                                     }
                                 )
+                advance()
         columns = [
             "predictor",
             "split",

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from weightnet.durable import replace_folder
+from weightnet.durable import expect_digests, replace_folder, write_digests
 from weightnet.params import Params
 from weightnet.predictors.calibration import LEVEL, conformal_factors
 from weightnet.predictors.scaling import Array, Standardizer
@@ -148,6 +148,7 @@ class Predictor(ABC):
             arrays = {"center": targets.center, "scale": targets.scale, "factors": self._factors}
             write_arrays(temporary / "calibration.safetensors", arrays)
             self._write(temporary)
+            write_digests(temporary)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -233,7 +234,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     """Return name, properties, seed and config of the predictor saved in ``folder``.
 
     Raises:
-        ValueError: if the folder holds no predictor, or one of another format.
+        ValueError: if the folder holds no predictor, one of another format, or one that has
+        changed since.
     """
     path = folder / "predictor.json"
     if not path.is_file():
@@ -250,6 +252,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     missing = {"name", "properties", "seed", "config"} - set(described)
     if missing:
         raise ValueError(_damaged(folder, f"{path.name} lacks {', '.join(sorted(missing))}"))
+    expect_digests(folder, "train it again")
     return described
 
 

@@ -58,8 +58,8 @@ COLUMNS = (
 @dataclass(frozen=True)
 class ProbeSet:
     """The probes of one ``task``: ``images`` [V * N, ...], each noise's copies one after another,
-    and the consensus on them: sums over the ``members`` (run ids) of probabilities and of standardized
-    logits [V * N, C]."""
+    and the consensus on them: sums over the ``members`` (run ids) of probabilities and of
+    standardized logits [V * N, C]."""
 
     task: str
     images: Array

@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from weightnet.durable import expect_digests
 from weightnet.symmetry.spec import PermutationSpec
 from weightnet.tokens.layout import rows, spec_id
 from weightnet.tokens.networks import Networks, TokenPart
@@ -80,7 +81,8 @@ def read_networks(directories: Sequence[Path]) -> Networks:
 def iter_tokens(directory: Path) -> Iterator[pa.Table]:
     """Stream the tokens of one folder as tables of whole networks (with column ``run``), in order.
 
-    Memory holds one row group and at most one network that reaches into it.
+    Memory holds one row group and at most one network that reaches into it. Each file is read
+    twice: first for its digest.
 
     Raises:
         ValueError: as `read_networks`.
@@ -88,6 +90,7 @@ def iter_tokens(directory: Path) -> Iterator[pa.Table]:
     for path in _shards(Path(directory)):
         with _open_parquet(path) as file:
             check_schema(path, file.schema_arrow.metadata, "tokens")
+            expect_digests(path.parent, REMEDY, [path.name])
             rest: list[pa.Table] = []
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, use_threads=False)
@@ -108,7 +111,9 @@ def iter_tokens(directory: Path) -> Iterator[pa.Table]:
 def _read_table(path: Path, name: str) -> pa.Table:
     with _open_parquet(path) as file:
         check_schema(path, file.schema_arrow.metadata, name)
-        return _read(file)
+        table = _read(file)
+    expect_digests(path.parent, REMEDY, [path.name])
+    return table
 
 
 def _read(file: pq.ParquetFile) -> pa.Table:
@@ -188,6 +193,7 @@ def _read_shards(paths: Sequence[Path]) -> Iterator[pa.Table]:
         with _open_parquet(path) as file:
             table = _read(file)
         _check_columns(path, table)
+        expect_digests(path.parent, REMEDY, [path.name])
         yield table
 
 

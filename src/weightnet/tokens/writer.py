@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from weightnet.durable import replace_folder
+from weightnet.durable import replace_folder, write_digests
 from weightnet.symmetry.spec import PermutationSpec
 from weightnet.tokens.layout import rows, spec_id
 from weightnet.tokens.schema import MAX_ROW, metadata
@@ -56,6 +56,7 @@ def write_tokens(
         used = sorted(set(frame["spec"]))
         listed = pa.table({"spec": used, "json": [specs[name].to_json() for name in used]})
         _write_table(partial / "specs.parquet", listed, "specs", config)
+        write_digests(partial)
 
 
 def _set_down(

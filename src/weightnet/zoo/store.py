@@ -10,7 +10,6 @@ accepted.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from weightnet.durable import replace_folder
+from weightnet.durable import digest, replace_folder
 from weightnet.zoo.stacked import State
 
 _FILES = ("weights.safetensors", "networks.parquet")
@@ -46,7 +45,7 @@ def write_stack(folder: Path, networks: pd.DataFrame, states: list[State]) -> No
     with replace_folder(folder) as temporary:
         (temporary / _FILES[0]).write_bytes(save(stacked))
         networks.to_parquet(temporary / _FILES[1], index=False)
-        manifest = {name: _checksum(temporary / name) for name in _FILES}
+        manifest = {name: digest(temporary / name) for name in _FILES}
         (temporary / "manifest.json").write_text(json.dumps(manifest, sort_keys=True))
 
 
@@ -54,7 +53,7 @@ def is_complete(folder: Path) -> bool:
     """Whether ``folder`` holds a whole stack that agrees with its checksums."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        return all(manifest.get(name) == _checksum(folder / name) for name in _FILES)
+        return all(manifest.get(name) == digest(folder / name) for name in _FILES)
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -113,7 +112,3 @@ def adopt(source: Path, folder: Path, names: list[str]) -> tuple[int, int]:
         with replace_folder(folder / name) as temporary:
             shutil.copytree(source / name, temporary, dirs_exist_ok=True)
     return len(missing), len(names) - len(missing)
-
-
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
