@@ -295,6 +295,8 @@ def _lead_table(
         lines.append(f"It **loses** on {enumerate_words(losses)}.")
     if ties:
         lines.append(f"No difference can be shown on {enumerate_words(ties)}.")
+    if losses or ties:
+        lines.append("What was tried there is in [the research log](../docs/LOG.md#missed).")
     return lines
 
 
