@@ -121,8 +121,9 @@ def main() -> None:
         curves = read_curves(predictors, splits)
         infos = [describe(name) for name in predictors]
         ours = [info.name for info in infos if info.kind == "ours"]
-        explained = importance["property"].unique()
+        explained, ablations = importance["property"].unique(), read_ablations()
         count = 3 + 2 * len(config.properties) + (len(ours) + 2) * len(splits) + len(explained)
+        count += ablations is not None and len(ablations) > 0
         with writing(PLOTS), Progress("plot", count, "figures") as progress:
             sweep(PLOTS)
             pictures: list[Picture] = []
@@ -190,7 +191,7 @@ def main() -> None:
                 sizes=sizes,
                 audit=audit,
                 agreement=agreement,
-                ablations=read_ablations(),
+                ablations=ablations,
                 pictures=pictures,
             )
             if len(evidence.comparable_ablations):

@@ -22,6 +22,7 @@ from weightnet.ablation import (
     choose,
     compare,
     keep,
+    newest_experiment,
     split_hashes,
 )
 from weightnet.evaluation.scores import ScoresConfig
@@ -169,3 +170,34 @@ def test_ablations_from_elsewhere_stay_while_their_base_does() -> None:
     changed = compare({}, {"weightnet": make_predictions(0.2)}, networks, config, "iid")
     assert set(keep(earlier, changed)["ablation"]) == {"base"}
     pd.testing.assert_frame_equal(keep(earlier, earlier), earlier)
+
+
+def test_tables_that_are_kept_stand_in_their_groups() -> None:
+    names = ["base", "no-messages", "raw-tokens", "canonical-none"]
+    columns = {"base": "weightnet", "split": "iid", "property": "gap", "metric": "tau"}
+    earlier = pd.DataFrame({"ablation": names, "value": 0.5, "hash": "a"}).assign(**columns)
+    now = earlier[earlier["ablation"] != "raw-tokens"]
+    expected = ["base", "canonical-none", "no-messages", "raw-tokens"]
+    place = {one.name: number for number, one in enumerate(ABLATIONS, 1)}
+    expected.sort(key=lambda name: place.get(name, 0))
+    assert keep(earlier, now)["ablation"].tolist() == expected
+
+
+def test_an_experiment_that_ran_twice_is_read_as_it_ran_last(tmp_path: Path) -> None:
+    def git(*arguments: str, date: str = "2026-01-01T00:00:00Z") -> str:
+        keys = ("NAME", "EMAIL")
+        who = {f"GIT_{role}_{key}": "a" for role in ("AUTHOR", "COMMITTER") for key in keys}
+        env = {**os.environ, **who, "GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}
+        command = ["git", "-C", str(tmp_path), *arguments]
+        return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    assert newest_experiment("ablation-x", tmp_path) is None
+    commits = []
+    for base, year in (("b" * 38, 2025), ("a" * 38, 2026)):
+        date = f"{year}-01-01T00:00:00Z"
+        git("commit", "-q", "--allow-empty", "-m", str(year), date=date)
+        commits.append(git("rev-parse", "HEAD").strip())
+        git("update-ref", f"refs/exps/aa/{base}/ablation-x", "HEAD")
+    git("update-ref", "refs/exps/aa/bb/ablation-xx", "HEAD")
+    assert newest_experiment("ablation-x", tmp_path) == commits[1]

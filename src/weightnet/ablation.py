@@ -239,7 +239,7 @@ def collect(split: str) -> pd.DataFrame:
 
 def keep(earlier: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """Return ``table`` with those ablations of an ``earlier`` one that it lacks and whose base has
-    the same values on the same networks in both."""
+    the same values on the same networks in both, in the order of `ABLATIONS`."""
     subject = ["base", "split", "property", "metric"]
 
     def base_rows(rows: pd.DataFrame, name: str) -> dict[tuple[str, ...], tuple[str, str]]:
@@ -254,7 +254,12 @@ def keep(earlier: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         same = base_rows(earlier, base) == base_rows(table, base) != {}
         if same and name not in set(table["ablation"]):
             parts.append(rows)
-    return pd.concat(parts, ignore_index=True) if len(parts) > 1 else table
+    if len(parts) == 1:
+        return table
+    place = {name: number for number, name in enumerate([BASE, *(one.name for one in ABLATIONS)])}
+    joined = pd.concat(parts, ignore_index=True)
+    order = joined["ablation"].map(lambda name: place.get(name, len(place)))
+    return joined.iloc[order.argsort(kind="stable")].reset_index(drop=True)
 
 
 def compare(
@@ -347,16 +352,32 @@ def _expect_fresh(targets: Sequence[str]) -> None:
 
 
 def _from_experiment(name: str, path: Path) -> pd.DataFrame | None:
-    """Read a table as an experiment left it; None if there is no such experiment."""
+    """Read a table as the newest experiment of this name left it; None if there is none."""
     import dvc.api
     from dvc.exceptions import DvcException
     from dvc.scm import SCMError
 
+    revision = newest_experiment(name)
+    if revision is None:
+        return None
     try:
-        with dvc.api.open(str(path), rev=name, mode="rb") as file:
+        with dvc.api.open(str(path), rev=revision, mode="rb") as file:
             return pd.read_parquet(file)
     except (DvcException, SCMError, FileNotFoundError):
         return None
+
+
+def newest_experiment(name: str, repository: Path = Path()) -> str | None:
+    """The commit of the last experiment called ``name``; None if none has run. One that was run
+    again after a commit is there twice, and its name says not which."""
+    command = ["git", "-C", str(repository), "for-each-ref", "--sort=-committerdate"]
+    command += ["--format=%(objectname) %(refname)", "refs/exps"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    for line in found.splitlines():
+        commit, _, reference = line.partition(" ")
+        if reference.endswith(f"/{name}"):
+            return commit
+    return None
 
 
 def _dvc(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
