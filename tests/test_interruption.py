@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -146,3 +147,28 @@ def test_a_number_given_again_is_not_the_owner(folder: Path) -> None:
     said = killing.finish(folder, TRAIN_ZOO, jobs=1)
     assert f"process {os.getpid()}, started long ago, ended without finishing it" in said
     assert not lock.exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_falls_into_a_destructor_is_not_lost(number: int, code: int) -> None:
+    """Python drops what a destructor raises, an interrupt as well."""
+    program = f"""
+import os, time
+from weightnet.command import reported
+
+class Trap:
+    def __del__(self):
+        os.kill(os.getpid(), {int(number)})
+
+with reported():
+    trap = Trap()
+    del trap
+    time.sleep(20)
+    print("went on")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == code
+    assert done.stderr.splitlines() == ["interrupted; run the same command again to continue"]
+    assert done.stdout == ""

@@ -27,6 +27,7 @@ PARAMS_FILE = Path("params.yaml")
 FAILURE, USAGE_ERROR = 1, 2
 CONTINUE = "run the same command again to continue"
 ORPHAN_SECONDS = 1.0  # between two looks at whether DVC still lives
+RESEND_SECONDS = 0.02  # before a signal is sent again whose exception Python dropped
 
 _seen: dict[tuple[str, ...], object] = {}  # what the command has read of params.yaml
 
@@ -119,7 +120,8 @@ def writing(output: Path) -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM; and if DVC started the command, end when DVC does, so that
+    """Raise `Terminated` on SIGTERM; send a signal again whose exception fell into a destructor or
+    a callback, where Python drops it; and if DVC started the command, end when DVC does, so that
     its next run finds nobody at work."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -128,12 +130,22 @@ def _signals() -> Iterator[None]:
     def terminate(*_: object) -> NoReturn:
         raise Terminated
 
+    def send_again(dropped: sys.UnraisableHookArgs) -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            report(dropped)
+            return
+        number = signal.SIGTERM if isinstance(dropped.exc_value, Terminated) else signal.SIGINT
+        # from a thread and later: here it would be dropped as well
+        threading.Timer(RESEND_SECONDS, os.kill, (os.getpid(), number)).start()
+
+    report, sys.unraisablehook = sys.unraisablehook, send_again
     before = signal.signal(signal.SIGTERM, terminate)
     ended = threading.Event()
     if "DVC_STAGE" in os.environ:
         parent = os.getppid()
         if _adopted(parent):
             signal.signal(signal.SIGTERM, before)
+            sys.unraisablehook = report
             raise Terminated  # DVC was killed while Python started
 
         def watch() -> None:
@@ -148,6 +160,7 @@ def _signals() -> Iterator[None]:
     finally:
         ended.set()
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = report
 
 
 def _adopted(parent: int) -> bool:
