@@ -228,3 +228,41 @@ KEY = {
     "subset": "all",
     "metric": "mae",
 }
+
+
+def test_the_interval_of_coverage_knows_calibration_and_test_networks() -> None:
+    calibration, tested = 100, 300
+    generator = np.random.default_rng(5)
+    measured = generator.normal(size=calibration + tested)
+    frame = pd.DataFrame(
+        {
+            "run": [f"{i:016x}" for i in range(len(measured))],
+            "family": "cnn",
+            "property.test_loss": measured,
+        }
+    )
+    reach = np.sort(np.abs(measured[:calibration]))[round(0.9 * (calibration + 1)) - 1]
+    predicted = frame.assign(
+        predictor="mean",
+        split="iid",
+        seed=0,
+        part=np.where(np.arange(len(frame)) < calibration, "validation", "test"),
+        property="test_loss",
+        measured=measured,
+        predicted=0.0,
+        low=-reach,
+        high=reach,
+    )
+
+    def drawn(table: pd.DataFrame) -> np.ndarray:
+        config = ScoresConfig(draws=1000)
+        return Evaluation(table, frame, config).draws(
+            "mean", "iid", "test_loss", "all", "coverage"
+        )[0]
+
+    both, alone = drawn(predicted), drawn(predicted[predicted["part"] == "test"])
+    assert both[0] == alone[0] == np.mean(np.abs(measured[calibration:]) <= reach)
+    for values, variance in ((both, 0.09 / calibration + 0.09 / tested), (alone, 0.09 / tested)):
+        assert np.std(values[1:]) == pytest.approx(variance**0.5, rel=0.3)
+    endless = predicted.assign(low=-np.inf, high=np.inf)
+    np.testing.assert_array_equal(drawn(endless), 1.0)

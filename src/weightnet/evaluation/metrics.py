@@ -70,10 +70,16 @@ def mae(measured: ArrayLike, predicted: ArrayLike, weights: Counts) -> Floats:
 
 
 def coverage(measured: ArrayLike, low: ArrayLike, high: ArrayLike, weights: Counts) -> Floats:
-    """Share of the measurements inside their predicted interval, ends included: [B], [B], [B],
-    [B, R] -> [R]."""
+    """Share of the measurements inside their predicted interval, ends included: [B], [B] or
+    [B, R], the same, [B, R] -> [R]."""
     y = _finite(measured)
-    return _mean(((np.asarray(low) <= y) & (y <= np.asarray(high))).astype(np.float64), weights)
+    if np.ndim(low) == 2:
+        y = y[:, None]
+    inside = ((np.asarray(low) <= y) & (y <= np.asarray(high))).astype(np.float64)
+    if inside.ndim == 1:
+        return _mean(inside, weights)
+    shares: Floats = (inside * weights).sum(axis=0) / weights.sum(axis=0, dtype=np.float64)
+    return shares
 
 
 def draw_weights(strata: ArrayLike, draws: int, generator: np.random.Generator) -> Counts:

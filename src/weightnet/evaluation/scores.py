@@ -5,7 +5,9 @@ bootstrap resample draws runs, not rows: a run tested in several seeds gets the 
 (otherwise three seeds on the same networks would look like three times the evidence), checkpoints
 of one training run (column ``group``) are drawn together, and all predictors see the same
 resamples, so that a difference between two is paired. Runs are drawn within the set of seeds that
-test them, which keeps each seed's size.
+test them, which keeps each seed's size. The coverage of intervals also depends on the networks
+that calibrated them, and these are resampled too, where the predictions have rows of the part
+``validation``.
 
 Subsets: ``all``; ``above_chance``: networks whose measured test accuracy exceeds chance by a
 margin (collapsed networks are trivial to tell apart and inflate R2); each family;
@@ -32,8 +34,10 @@ from pydantic import Field
 
 from weightnet.evaluation import metrics
 from weightnet.evaluation.metrics import METRICS, Counts, Floats
+from weightnet.evaluation.recalibration import Recalibration
 from weightnet.evaluation.splits import SPLITS, groups
 from weightnet.params import Params
+from weightnet.predictors.calibration import LEVEL
 
 CEILING = "ceiling"
 SUBSETS = ("all", "within_family", "above_chance")
@@ -94,8 +98,8 @@ class Evaluation:
 
     Args:
         predictions: rows with `PREDICTION_COLUMNS`, in any order; where there is a column
-            ``part``, rows other than "test" are left out. A predictor that does not accept a
-            network leaves its row out (n shows it).
+            ``part``, "test" is scored, and "validation" tells how the intervals would vary. A
+            predictor that does not accept a network leaves its row out (n shows it).
         networks: one row per network: ``run``, ``family``, ``property.<name>`` and, for the
             ceiling, ``half_a.<name>`` and ``half_b.<name>``; perhaps ``group``.
 
@@ -124,6 +128,9 @@ class Evaluation:
         self._tables = {
             split: _tabulate(table[table["split"] == split], index, self.properties, config)
             for split in self.splits
+        }
+        self._recalibrations = {
+            split: _recalibration(split, predictions, index, config) for split in self.splits
         }
         self._weights: dict[tuple[str, str], Counts] = {}
         self._draws: dict[tuple[str, ...], tuple[Floats, int]] = {}
@@ -296,11 +303,13 @@ class Evaluation:
             usable &= np.isfinite(table.values[common][name][:, members, 1])
         weights = self._subset_weights(split, subset, members)
         seeds = []
-        for value, mask in zip(values, usable, strict=True):
+        for seed, (value, mask) in enumerate(zip(values, usable, strict=True)):
             if mask.any():
                 measured, predicted, low, high = value[mask].T
                 chosen = weights if mask.all() else weights[mask]
                 if metric == "coverage":
+                    factors = self._recalibrations[split].factors(predictor, name, seed, LEVEL)
+                    low, high = _widened(low, high, factors)
                     seeds.append(metrics.coverage(measured, low, high, chosen))
                 else:
                     seeds.append(_FUNCTIONS[metric](measured, predicted, chosen))
@@ -471,6 +480,29 @@ def _tabulate(
     families = own["family"].to_numpy(dtype=str)
     group = pd.factorize(groups(own.reset_index()))[0]
     return _SplitTable(runs, families, above, strata.reshape(-1), group, values)
+
+
+def _recalibration(
+    split: str, predictions: pd.DataFrame, networks: pd.DataFrame, config: ScoresConfig
+) -> Recalibration:
+    """Resample the networks that calibrated the predictors of one split, where they are known."""
+    own = predictions[predictions["split"] == split]
+    calibrated = own[own["part"] == "validation"] if "part" in own else own.iloc[:0]
+    generator = np.random.default_rng([config.seed, zlib.crc32(f"{split}/calibration".encode())])
+    tested = own[own["part"] == "test"] if "part" in own else own
+    seeds = sorted(set(tested["seed"]))
+    calibrated = calibrated[calibrated["seed"].isin(seeds)]
+    return Recalibration.of(calibrated, networks, seeds, config.draws, generator)
+
+
+def _widened(low: Floats, high: Floats, factors: Floats) -> tuple[Floats, Floats]:
+    """Return intervals [B, R] of half-widths times each factor [R]; without end, or of no width,
+    they stay as they are."""
+    half = ((high - low) / 2)[:, None]
+    stretched = np.isfinite(half) & (half > 0)
+    wider = np.where(stretched, half, 1.0) * (factors - 1.0)
+    wider = np.where(stretched, wider, 0.0)
+    return low[:, None] - wider, high[:, None] + wider
 
 
 def _mean(parts: Sequence[Floats], length: int) -> Floats:

@@ -342,9 +342,8 @@ def _intervals(evidence: Evidence) -> str:
         "Each prediction comes with an interval that should hold the measured value "
         f"{NOMINAL:.0%} of the time. It is calibrated on validation networks, which promises "
         "that share only where test networks are like them: in distribution. Elsewhere, too "
-        "small a share is the price of an unfamiliar network. The intervals here are "
-        "those of other test networks; other validation networks would move a share as well, by "
-        "some three points for one seed where they are a hundred.",
+        "small a share is the price of an unfamiliar network. The square brackets say what other "
+        "validation and other test networks would have given: both are resampled.",
     ]
     for name in names:
         own = covered[covered["predictor"] == name]
