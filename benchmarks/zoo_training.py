@@ -2,7 +2,8 @@
 
 The rivals are the usual loop of plain PyTorch on tensors in memory, and the same with a
 DataLoader. All sides train the same recipes, drawn from the ranges of params.yaml, in one process
-with one thread, in turn; the rates and ratios are medians over the rounds.
+with one thread, in turn; the rates and ratios are medians over the rounds. CNNs are of one shape,
+and of several, as params.yaml draws them.
 
 With ``--machine`` each side has the whole machine, in processes of their own: stacks one process
 per core with one thread each, which is how the stage runs; the rivals one process with torch's
@@ -60,37 +61,43 @@ HEADERS = (
     *("GFLOP/s", "of product rate", "plain: of it"),
 )
 MACHINE_HEADERS = ("stacked", "plain", "one thread", "DataLoader", "x plain", "x DataLoader")
+DRAWN = 8  # shapes of the CNNs that are drawn
 SIZE = 1024  # of the matrices whose product tells the machine's rate
 
 
 @dataclass(frozen=True)
 class Case:
-    """A shape of networks: family, task, batch size, the longest run's steps, arguments."""
+    """Networks to train: family, task, networks in a stack, the longest run's steps, arguments to
+    draw each shape from, the ratio wanted, and how many shapes, a stack of each."""
 
     family: str
     task: str
-    batch: int
     stack: int
     steps: int
-    arguments: dict[str, Any]
+    arguments: dict[str, list[Any]]
     wanted: float
+    shapes: int = 1
 
     @property
     def title(self) -> str:
-        """The shape in words."""
-        size = load_task(self.task).size
-        return f"{self.family} {size} x {size}, width {self.arguments['width']:g}"
+        """The shapes in words."""
+        size, widths = load_task(self.task).size, self.arguments["width"]
+        shape = f"width {widths[0]:g}" if len(widths) == 1 else f"{self.shapes} shapes drawn"
+        return f"{self.family} {size} x {size}, {shape}"
 
 
 def cases(width: int, depth: int) -> list[Case]:
     """The shapes that are measured."""
-    cnn = {"width": width, "depth": depth}
-    small = {"stem": "small"}
+    cnn = {"width": [width], "depth": [depth]}
+    drawn = load_section(FamilyConfig, "generate_zoo", "families", "cnn").arguments
+    small: dict[str, list[Any]] = {"stem": ["small"]}
     return [
-        Case("cnn", "fashion", 64, 16, 160, cnn, 4),
-        Case("cnn", "digits", 64, 16, 240, cnn, 8),
-        Case("resnet18", "fashion", 64, 7, 24, {**small, "width": 0.125}, 3),
-        Case("mobilenet_v2", "fashion", 64, 7, 24, {**small, "width": 0.25}, 3),
+        Case("cnn", "fashion", 16, 160, cnn, 4),
+        Case("cnn", "digits", 16, 240, cnn, 8),
+        Case("cnn", "fashion", 16, 80, drawn, 4, DRAWN),
+        Case("cnn", "digits", 16, 120, drawn, 8, DRAWN),
+        Case("resnet18", "fashion", 7, 24, {**small, "width": [0.125]}, 3),
+        Case("mobilenet_v2", "fashion", 7, 24, {**small, "width": [0.25]}, 3),
     ]
 
 
@@ -173,7 +180,7 @@ class Measurement:
 def measure(
     case: Case, ranges: RecipeConfig, seed: int, rounds: int, stack: int, steps: int, batch: int
 ) -> tuple[list[str], float]:
-    """Train one stack of recipes by every side in turn, after a warm-up of each: the row of the
+    """Train the stacks of a case by every side in turn, after a warm-up of each: the row of the
     table, and the ratio to plain PyTorch."""
     recipes = sample(case, ranges, seed, stack, steps, batch)
     task, device = load_task(case.task), default_device()
@@ -188,8 +195,10 @@ def measure(
             start = time.perf_counter()
             sides[name](None)
             seconds[name].append(time.perf_counter() - start)
-    per_image = forward_operations(new_module(case, recipes), task)
-    total = 3.0 * per_image * batch * float(recipes["steps"].sum())
+    total = sum(
+        3.0 * forward_operations(new_module(case, rows), task) * batch * float(rows["steps"].sum())
+        for _, rows in recipes.groupby("stack", sort=False)
+    )
     found = Measurement(seconds, rates, len(recipes), total)
     return found.cells(case.wanted), found.ratio("plain")
 
@@ -214,7 +223,7 @@ def measure_machine(
             jobs = sides[name]
             with multiprocessing.get_context("spawn").Pool(len(jobs)) as pool:
                 taken = pool.starmap(train_apart, jobs, chunksize=1)
-            rates[name].append(60 * stack * len(jobs) / max(taken))
+            rates[name].append(60 * len(stacks[0]) * len(jobs) / max(taken))
     median = {name: statistics.median(found) for name, found in rates.items()}
     faster = max(("plain", "one thread"), key=lambda name: median[name])
     ratio, loaded = (
@@ -245,20 +254,20 @@ def rotated(names: list[str], turn: int) -> list[str]:
 def sample(
     case: Case, ranges: RecipeConfig, seed: int, stack: int, steps: int, batch: int
 ) -> pd.DataFrame:
-    """The recipes of a stack."""
+    """The recipes of a stack of each shape."""
     config = FamilyConfig(
-        runs=stack,
+        runs=stack * case.shapes,
         runs_per_shape=stack,
         batch_size=[batch],
         steps=[max(1, steps // 4), steps],
-        arguments={name: [value] for name, value in case.arguments.items()},
+        arguments=case.arguments,
         ranges={"tasks": [case.task], "seed": seed},
     )
     return sample_recipes(case.family, config, ranges)
 
 
 def new_module(case: Case, recipes: pd.DataFrame) -> nn.Module:
-    """A module of the recipes' shape."""
+    """A module of the recipes' shape, which is one."""
     return build(case.family, **json.loads(recipes["arguments"].iat[0]))
 
 
@@ -267,8 +276,9 @@ def trainer(name: str, case: Case, recipes: pd.DataFrame) -> Callable[[int | Non
     task, device = load_task(case.task), default_device()
 
     def stacked(steps: int | None) -> None:
-        rows = recipes if steps is None else recipes.head(2).assign(steps=steps)
-        train_stack(new_module(case, recipes), rows, task, str(device))
+        for _, rows in recipes.groupby("stack", sort=False):
+            few = rows if steps is None else rows.head(2).assign(steps=steps)
+            train_stack(new_module(case, rows), few, task, str(device))
         wait(device)
 
     if name == "stacked":
@@ -277,10 +287,11 @@ def trainer(name: str, case: Case, recipes: pd.DataFrame) -> Callable[[int | Non
     train: Rival = {"plain": train_plain, "DataLoader": train_loaded}[name]
 
     def each(steps: int | None) -> None:
-        rows = recipes if steps is None else recipes.head(1).assign(steps=steps)
-        for row in rows.to_dict("records"):
-            recipe = {str(key): value for key, value in row.items()}
-            train(new_module(case, recipes), recipe, task, images, device)
+        for _, rows in recipes.groupby("stack", sort=False):
+            few = rows if steps is None else rows.head(1).assign(steps=steps)
+            for row in few.to_dict("records"):
+                recipe = {str(key): value for key, value in row.items()}
+                train(new_module(case, rows), recipe, task, images, device)
         wait(device)
 
     return each
