@@ -153,8 +153,10 @@ def test_a_number_given_again_is_not_the_owner(folder: Path) -> None:
 def test_a_signal_that_falls_into_a_destructor_is_not_lost(number: int, code: int) -> None:
     """Python drops what a destructor raises, an interrupt as well."""
     program = f"""
-import os, time
+import os, signal, time
 from weightnet.command import reported
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
 
 class Trap:
     def __del__(self):
