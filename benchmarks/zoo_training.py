@@ -197,7 +197,7 @@ def measure(
             seconds[name].append(time.perf_counter() - start)
     total = sum(
         3.0 * forward_operations(new_module(case, rows), task) * batch * float(rows["steps"].sum())
-        for _, rows in recipes.groupby("stack", sort=False)
+        for rows in stacks(recipes)
     )
     found = Measurement(seconds, rates, len(recipes), total)
     return found.cells(case.wanted), found.ratio("plain")
@@ -207,15 +207,15 @@ def measure_machine(
     case: Case, ranges: RecipeConfig, seed: int, rounds: int, stack: int, steps: int, batch: int
 ) -> tuple[list[str], float]:
     """As `measure`, all cores for each side in turn; stacks of other recipes on further cores."""
-    stacks = [
+    samples = [
         sample(case, ranges, seed + core, stack, steps, batch)
         for core in range(os.cpu_count() or 1)
     ]
     sides = {
-        "stacked": [("stacked", 1, case, recipes) for recipes in stacks],
-        "plain": [("plain", 0, case, stacks[0])],
-        "one thread": [("plain", 1, case, stacks[0])],
-        "DataLoader": [("DataLoader", 0, case, stacks[0])],
+        "stacked": [("stacked", 1, case, recipes) for recipes in samples],
+        "plain": [("plain", 0, case, samples[0])],
+        "one thread": [("plain", 1, case, samples[0])],
+        "DataLoader": [("DataLoader", 0, case, samples[0])],
     }
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds):
@@ -223,7 +223,7 @@ def measure_machine(
             jobs = sides[name]
             with multiprocessing.get_context("spawn").Pool(len(jobs)) as pool:
                 taken = pool.starmap(train_apart, jobs, chunksize=1)
-            rates[name].append(60 * len(stacks[0]) * len(jobs) / max(taken))
+            rates[name].append(60 * len(samples[0]) * len(jobs) / max(taken))
     median = {name: statistics.median(found) for name, found in rates.items()}
     faster = max(("plain", "one thread"), key=lambda name: median[name])
     ratio, loaded = (
@@ -266,6 +266,11 @@ def sample(
     return sample_recipes(case.family, config, ranges)
 
 
+def stacks(recipes: pd.DataFrame) -> list[pd.DataFrame]:
+    """The recipes of each stack, which has one shape."""
+    return [rows for _, rows in recipes.groupby("stack", sort=False)]
+
+
 def new_module(case: Case, recipes: pd.DataFrame) -> nn.Module:
     """A module of the recipes' shape, which is one."""
     return build(case.family, **json.loads(recipes["arguments"].iat[0]))
@@ -276,7 +281,7 @@ def trainer(name: str, case: Case, recipes: pd.DataFrame) -> Callable[[int | Non
     task, device = load_task(case.task), default_device()
 
     def stacked(steps: int | None) -> None:
-        for _, rows in recipes.groupby("stack", sort=False):
+        for rows in stacks(recipes):
             few = rows if steps is None else rows.head(2).assign(steps=steps)
             train_stack(new_module(case, rows), few, task, str(device))
         wait(device)
@@ -287,7 +292,7 @@ def trainer(name: str, case: Case, recipes: pd.DataFrame) -> Callable[[int | Non
     train: Rival = {"plain": train_plain, "DataLoader": train_loaded}[name]
 
     def each(steps: int | None) -> None:
-        for _, rows in recipes.groupby("stack", sort=False):
+        for rows in stacks(recipes):
             few = rows if steps is None else rows.head(1).assign(steps=steps)
             for row in few.to_dict("records"):
                 recipe = {str(key): value for key, value in row.items()}
