@@ -72,13 +72,10 @@ def mae(measured: ArrayLike, predicted: ArrayLike, weights: Counts) -> Floats:
 def coverage(measured: ArrayLike, low: ArrayLike, high: ArrayLike, weights: Counts) -> Floats:
     """Share of the measurements inside their predicted interval, ends included: [B], [B] or
     [B, R], the same, [B, R] -> [R]."""
-    y = _finite(measured)
-    if np.ndim(low) == 2:
-        y = y[:, None]
-    inside = ((np.asarray(low) <= y) & (y <= np.asarray(high))).astype(np.float64)
-    if inside.ndim == 1:
-        return _mean(inside, weights)
-    shares: Floats = (inside * weights).sum(axis=0) / weights.sum(axis=0, dtype=np.float64)
+    y = _finite(measured)[:, None]
+    low, high = (np.asarray(end).reshape(len(y), -1) for end in (low, high))
+    counts = weights.astype(np.float64)
+    shares: Floats = (((low <= y) & (y <= high)) * counts).sum(axis=0) / counts.sum(axis=0)
     return shares
 
 

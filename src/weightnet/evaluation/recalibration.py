@@ -9,76 +9,34 @@ the bootstrap of the coverage resamples both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
-import pandas as pd
 
-from weightnet.evaluation import metrics
-from weightnet.evaluation.metrics import Floats
-from weightnet.evaluation.splits import groups
+from weightnet.evaluation.metrics import Counts, Floats
 
 
-@dataclass(frozen=True)
-class Recalibration:
-    """The calibration networks of one split, resampled: R runs, S seeds, 1 + draws columns.
+def factors(measured: Floats, low: Floats, high: Floats, weights: Counts, level: float) -> Floats:
+    """By what each resample of the calibration networks would multiply the half-widths of the
+    intervals: [B], [B], [B], [B, 1 + draws] -> [1 + draws].
 
-    Attributes:
-        weights: how often each draw has each run [R, 1 + draws]; the first column is all ones.
-        errors: for a predictor and a property, each run's error in half-widths of its interval,
-            [S, R], NaN where it did not calibrate.
+    1 for the networks as they are, the first column, and where it cannot be told: no interval of
+    a finite width, or nothing measured.
     """
-
-    weights: metrics.Counts
-    errors: dict[tuple[str, str], Floats]
-
-    @classmethod
-    def of(
-        cls,
-        table: pd.DataFrame,
-        networks: pd.DataFrame,
-        seeds: Sequence[int],
-        draws: int,
-        generator: np.random.Generator,
-    ) -> Recalibration:
-        """Resample the validation rows ``table`` of one split.
-
-        Runs of one ``group`` are drawn together, and within the set of seeds that they calibrate,
-        as test runs are. ``networks`` has the runs as its index.
-        """
-        runs = pd.Index(sorted(set(table["run"])))
-        row, seed = runs.get_indexer(table["run"]), pd.Index(seeds).get_indexer(table["seed"])
-        used = np.zeros((len(seeds), len(runs)), dtype=bool)
-        used[seed, row] = True
-        measured, low, high = table[["measured", "low", "high"]].to_numpy(dtype=np.float64).T
-        with np.errstate(divide="ignore", invalid="ignore"):
-            error = np.abs(2 * measured - low - high) / (high - low)
-        errors = {}
-        for key, at in table.groupby(["predictor", "property"]).indices.items():
-            array = np.full((len(seeds), len(runs)), np.nan)
-            array[seed[at], row[at]] = error[at]
-            errors[key] = array
-        _, strata = np.unique(used, axis=1, return_inverse=True)
-        _, first, group = np.unique(
-            groups(networks.loc[runs].reset_index()), return_index=True, return_inverse=True
-        )
-        drawn = metrics.draw_weights(strata.reshape(-1)[first], draws, generator)
-        return cls(drawn[group.reshape(-1)], errors)
-
-    def factors(self, predictor: str, name: str, seed: int, level: float) -> Floats:
-        """By what each draw would multiply the half-widths of a seed's intervals, [1 + draws].
-
-        1 where that cannot be told: a predictor without calibration rows, or infinite intervals.
-        """
-        factors = np.ones(self.weights.shape[1])
-        known = self.errors.get((predictor, name))
-        if known is None or not (usable := np.isfinite(known[seed])).any():
-            return factors
-        order = np.flatnonzero(usable)[np.argsort(known[seed, usable], kind="stable")]
-        seen = np.cumsum(self.weights[order], axis=0, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.abs(2 * measured - low - high) / (high - low)  # in half-widths
+    order = np.argsort(error, kind="stable")[: np.isfinite(error).sum()]
+    result = np.ones(weights.shape[1])
+    if len(order):
+        seen = np.cumsum(weights[order], axis=0, dtype=np.float64)
         ranks = np.ceil(np.round((seen[-1] + 1) * level, 9))
-        first = (seen < ranks).sum(axis=0)
-        reached = np.append(known[seed, order], np.inf)[first]
-        factors[1:] = reached[1:]
-        return factors
+        reached = np.append(error[order], np.inf)[(seen < ranks).sum(axis=0)]
+        result[1:] = reached[1:]
+    return result
+
+
+def widened(low: Floats, high: Floats, factors: Floats) -> tuple[Floats, Floats]:
+    """Multiply half-widths by each factor: [B], [B], [R] -> [B, R], [B, R]. Intervals without end,
+    or of no width, stay as they are."""
+    half = ((high - low) / 2)[:, None]
+    stretched = np.isfinite(half) & (half > 0)
+    wider = np.where(stretched, half, 0.0) * np.where(stretched, factors - 1.0, 0.0)
+    return low[:, None] - wider, high[:, None] + wider

@@ -32,9 +32,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import Field
 
-from weightnet.evaluation import metrics
+from weightnet.evaluation import metrics, recalibration
 from weightnet.evaluation.metrics import METRICS, Counts, Floats
-from weightnet.evaluation.recalibration import Recalibration
 from weightnet.evaluation.splits import SPLITS, groups
 from weightnet.params import Params
 from weightnet.predictors.calibration import LEVEL
@@ -78,7 +77,7 @@ class ScoresConfig(Params):
 
 @dataclass(frozen=True)
 class _SplitTable:
-    """The test predictions of one split, on R runs (rows) and S seeds.
+    """The predictions of one part of a split, on R runs (rows) and S seeds.
 
     ``values[predictor][property]`` is [S, R, 4] in the order of `_VALUES`, NaN where the
     predictor gave nothing.
@@ -114,24 +113,26 @@ class Evaluation:
     ) -> None:
         self.config = config
         table = _checked(predictions, networks)
+        tested, calibrated = (table[table["part"] == part] for part in ("test", "validation"))
         order = [
             column.removeprefix("property.")
             for column in networks
             if column.startswith("property.")
         ]
-        present = set(table["property"])
+        present = set(tested["property"])
         self.properties = [name for name in order if name in present]
-        self.predictors = sorted(set(table["predictor"]))
-        found = set(table["split"])
+        self.predictors = sorted(set(tested["predictor"]))
+        found = set(tested["split"])
         self.splits = [s for s in SPLITS if s in found] + sorted(found - set(SPLITS))
         index = networks.set_index("run")
-        self._tables = {
-            split: _tabulate(table[table["split"] == split], index, self.properties, config)
-            for split in self.splits
-        }
-        self._recalibrations = {
-            split: _recalibration(split, predictions, index, config) for split in self.splits
-        }
+        self._tables: dict[str, _SplitTable] = {}
+        self._calibration: dict[str, _SplitTable] = {}
+        for split in self.splits:
+            seeds = sorted(set(tested.loc[tested["split"] == split, "seed"]))
+            for rows, tables in ((tested, self._tables), (calibrated, self._calibration)):
+                own = rows[(rows["split"] == split) & rows["seed"].isin(seeds)]
+                tables[split] = _tabulate(own, seeds, index, self.properties, config)
+        self._factors: dict[tuple[str, str, str, int], Floats] = {}
         self._weights: dict[tuple[str, str], Counts] = {}
         self._draws: dict[tuple[str, ...], tuple[Floats, int]] = {}
 
@@ -301,15 +302,15 @@ class Evaluation:
             usable &= ~np.isnan(values[..., 2:]).any(axis=-1)
         if common:
             usable &= np.isfinite(table.values[common][name][:, members, 1])
-        weights = self._subset_weights(split, subset, members)
+        weights = self._resampled(table, members, split, subset)
         seeds = []
         for seed, (value, mask) in enumerate(zip(values, usable, strict=True)):
             if mask.any():
                 measured, predicted, low, high = value[mask].T
                 chosen = weights if mask.all() else weights[mask]
                 if metric == "coverage":
-                    factors = self._recalibrations[split].factors(predictor, name, seed, LEVEL)
-                    low, high = _widened(low, high, factors)
+                    factors = self._recalibrated(predictor, split, name, seed)
+                    low, high = recalibration.widened(low, high, factors)
                     seeds.append(metrics.coverage(measured, low, high, chosen))
                 else:
                     seeds.append(_FUNCTIONS[metric](measured, predicted, chosen))
@@ -325,13 +326,29 @@ class Evaluation:
             return np.flatnonzero(above) if above is not None else np.arange(0)
         return np.flatnonzero(table.families == subset)
 
-    def _subset_weights(self, split: str, subset: str, members: NDArray[np.intp]) -> Counts:
+    def _recalibrated(self, predictor: str, split: str, name: str, seed: int) -> Floats:
+        """Return by what each resample of a seed's calibration networks multiplies its intervals,
+        [1 + draws]; 1 where these networks are not known."""
+        key = predictor, split, name, seed
+        if key not in self._factors:
+            table = self._calibration[split]
+            values = table.values.get(predictor, {}).get(name)
+            if values is None:
+                return np.ones(1 + self.config.draws)
+            weights = self._resampled(table, np.arange(len(table.runs)), split, "calibration")
+            measured, low, high = values[seed][:, [0, 2, 3]].T
+            self._factors[key] = recalibration.factors(measured, low, high, weights, LEVEL)
+        return self._factors[key]
+
+    def _resampled(
+        self, table: _SplitTable, members: NDArray[np.intp], split: str, subset: str
+    ) -> Counts:
+        """Return how often each resample has each of the ``members`` of a table."""
         key = (split, subset)
         if key not in self._weights:
             generator = np.random.default_rng(
                 [self.config.seed, zlib.crc32("/".join(key).encode())]
             )
-            table = self._tables[split]
             _, first, group = np.unique(
                 table.groups[members], return_index=True, return_inverse=True
             )
@@ -389,10 +406,9 @@ def _checked(predictions: pd.DataFrame, networks: pd.DataFrame) -> pd.DataFrame:
             f"predictions must have columns {', '.join(PREDICTION_COLUMNS)}, however: "
             f"{', '.join(missing)} missing; rerun train_predictor"
         )
-    table = predictions
-    if "part" in table:
-        table = table[table["part"] == "test"]
-    if table.empty:
+    table = predictions if "part" in predictions else predictions.assign(part="test")
+    table = table[table["part"].isin(("test", "validation"))]
+    if not (table["part"] == "test").any():
         raise ValueError(
             "predictions must have test rows, however: there are none; rerun train_predictor"
         )
@@ -442,11 +458,15 @@ def _checked(predictions: pd.DataFrame, networks: pd.DataFrame) -> pd.DataFrame:
 
 
 def _tabulate(
-    table: pd.DataFrame, networks: pd.DataFrame, properties: Sequence[str], config: ScoresConfig
+    table: pd.DataFrame,
+    seeds: Sequence[int],
+    networks: pd.DataFrame,
+    properties: Sequence[str],
+    config: ScoresConfig,
 ) -> _SplitTable:
-    """Arrange one split's predictions in arrays, and add the ceiling on the same networks."""
+    """Arrange the predictions of one part of a split in arrays, and add the ceiling on the same
+    networks."""
     runs = pd.Index(sorted(set(table["run"])))
-    seeds = sorted(set(table["seed"]))
     row = runs.get_indexer(table["run"])
     seed = pd.Index(seeds).get_indexer(table["seed"])
     values: dict[str, dict[str, Floats]] = {}
@@ -480,29 +500,6 @@ def _tabulate(
     families = own["family"].to_numpy(dtype=str)
     group = pd.factorize(groups(own.reset_index()))[0]
     return _SplitTable(runs, families, above, strata.reshape(-1), group, values)
-
-
-def _recalibration(
-    split: str, predictions: pd.DataFrame, networks: pd.DataFrame, config: ScoresConfig
-) -> Recalibration:
-    """Resample the networks that calibrated the predictors of one split, where they are known."""
-    own = predictions[predictions["split"] == split]
-    calibrated = own[own["part"] == "validation"] if "part" in own else own.iloc[:0]
-    generator = np.random.default_rng([config.seed, zlib.crc32(f"{split}/calibration".encode())])
-    tested = own[own["part"] == "test"] if "part" in own else own
-    seeds = sorted(set(tested["seed"]))
-    calibrated = calibrated[calibrated["seed"].isin(seeds)]
-    return Recalibration.of(calibrated, networks, seeds, config.draws, generator)
-
-
-def _widened(low: Floats, high: Floats, factors: Floats) -> tuple[Floats, Floats]:
-    """Return intervals [B, R] of half-widths times each factor [R]; without end, or of no width,
-    they stay as they are."""
-    half = ((high - low) / 2)[:, None]
-    stretched = np.isfinite(half) & (half > 0)
-    wider = np.where(stretched, half, 1.0) * (factors - 1.0)
-    wider = np.where(stretched, wider, 0.0)
-    return low[:, None] - wider, high[:, None] + wider
 
 
 def _mean(parts: Sequence[Floats], length: int) -> Floats:
