@@ -20,12 +20,12 @@ from weightnet.command import (
     writing,
 )
 from weightnet.durable import replace_file, sweep, write_text
+from weightnet.evaluation.interpretation import AGREEMENT, IMPORTANCE, interpret
 from weightnet.evaluation.invariance import audit
 from weightnet.evaluation.scores import Evaluation, ScoresConfig, summary
 from weightnet.evaluation.splits import SplitsConfig, sizes
 from weightnet.params import Params
 from weightnet.predictors import PREDICTORS, Predictor, entry
-from weightnet.predictors.interpretation import AGREEMENT, IMPORTANCE, interpret
 from weightnet.probing import Prober
 from weightnet.progress import Progress
 from weightnet.randomness import numpy_generator, torch_generator

@@ -490,8 +490,10 @@ def _interpretation(evidence: Evidence) -> str:
         )
     lines = [
         "## Where the prediction comes from",
-        "A neuron's attribution is the gradient of the prediction times the neuron's features, as "
-        "a share of its network's. What the predictor reads of the network as a whole is not "
+        "A neuron's attribution is the gradient of the prediction times the neuron's features, "
+        "averaged on the way from an average neuron to this one (integrated gradients). Shares "
+        "are of absolute values; maps are compared with their signs: what raises a prediction and "
+        "what lowers it. What the predictor reads of the network as a whole is not "
         "shared out. Sanity check: the map of the same model with random weights must be another "
         f"one (the interval of the rank correlation over all neurons below {SAME_MAP:g}); another "
         "seed's map shows how well a map repeats itself. Values are means over networks.",

@@ -1,13 +1,17 @@
 """What carries a prediction: the share of each layer and each neuron, for each property.
 
-A token's attribution is the gradient of the predicted mean times the token's features, summed over
-the features, in absolute value (gradient times input, Shrikumar et al. 2016,
-https://arxiv.org/abs/1605.01713); a network's attributions are divided by their sum. What a
-predictor reads of the network as a whole (statistics) has no token and is not shared out.
+A token's attribution is its integrated gradient (Sundararajan et al. 2017,
+https://arxiv.org/abs/1703.01365): the gradient of the predicted mean along the straight way from
+the average token, to which standardized features are 0, times the token's features, summed over
+the features. It is positive where the neuron raises the prediction. A network's attributions are
+divided by the sum of their absolute values. What a predictor reads of the network as a whole
+(statistics) has no token and is not shared out.
 
 The sanity check is the same predictor with random weights (Adebayo et al. 2018,
 https://arxiv.org/abs/1810.03292): a map that looks the same for both would explain nothing. How
-much two maps may differ by chance, the same predictor trained from another seed tells.
+much two maps may differ by chance, the same predictor trained from another seed tells. Maps are
+compared with their signs: absolute values are alike for any two models, because both multiply by
+the same features.
 """
 
 from __future__ import annotations
@@ -31,19 +35,21 @@ from weightnet.tokens import Networks, token_features
 
 BINS = 8
 VIEWS = ("depth", "norm")
+STEPS = 8  # of the way from the average token
 IMPORTANCE = ["run", "family", "model", "property", "view", "position", "importance"]
 AGREEMENT = ["run", "family", "model", "property", "correlation", "top_tenth"]
 
 
 class Interpretation(NamedTuple):
-    """``importance`` (columns `IMPORTANCE`): of each network, the share of the attribution in each
-    of 8 bins of a view: ``depth`` (0 first layer, 1 last) or ``norm`` (rank of the neuron's
-    incoming weights among its layer's by norm, 0 smallest, 1 largest). ``position`` is the middle
-    of the bin.
+    """``importance`` (columns `IMPORTANCE`): of each network, the share of the absolute
+    attribution in each of 8 bins of a view: ``depth`` (0 first layer, 1 last) or ``norm`` (rank of
+    the neuron's incoming weights among its layer's by norm, 0 smallest, 1 largest). ``position``
+    is the middle of the bin.
 
     ``agreement`` (columns `AGREEMENT`): of each network, Spearman's correlation between a model's
-    attributions of all neurons and those of the ``trained`` one (NaN for itself), and the share
-    of the attribution that the most important tenth of the neurons carries.
+    attributions of all neurons, with their signs, and those of the ``trained`` one (NaN for
+    itself), and the share of the absolute attribution that the most important tenth of the
+    neurons carries.
 
     ``model`` is ``trained``, ``retrained`` (another seed, if given) or ``randomized``.
     """
@@ -81,7 +87,8 @@ def interpret(
         origin = {name: networks.frame[name].iat[b] for name in ("run", "family")}
         for model, values in maps.items():
             for p, name in enumerate(predictor.properties):
-                own = values[tokens, p]
+                signed = values[tokens, p]
+                own = np.abs(signed)
                 key: dict[str, Any] = {**origin, "model": model, "property": name}
                 for view, position in views.items():
                     bins = np.minimum(position * BINS, BINS - 1).astype(np.int64)
@@ -99,7 +106,7 @@ def interpret(
                 agreements.append(
                     {
                         **key,
-                        "correlation": np.nan if model == "trained" else _spearman(first, own),
+                        "correlation": np.nan if model == "trained" else _spearman(first, signed),
                         "top_tenth": np.sort(own)[::-1][: max(1, round(len(own) / 10))].sum(),
                     }
                 )
@@ -109,8 +116,8 @@ def interpret(
 
 
 def attributions(predictor: Predictor, networks: Networks) -> Array:
-    """Return each token's share of its network's attribution, float64 [L, P]: the mean over the
-    predictor's modules.
+    """Return each token's share of its network's attribution, with its sign, float64 [L, P]: the
+    mean over the predictor's modules. Of one module, absolute values sum to 1 for each network.
 
     Raises:
         ValueError: if the predictor does not read tokens.
@@ -139,31 +146,36 @@ def _module_attributions(
     for indices in batches.cut(torch.arange(batches.count), config):
         size = int(counts[indices.numpy()].sum())
         batch: Any = batches.collate(indices).to(device)
-        inputs = {
-            field.name: value.detach().requires_grad_()
+        ends = {
+            field.name: value.detach()
             for field in dataclasses.fields(batch)
             if isinstance(value := getattr(batch, field.name), Tensor)
             and value.is_floating_point()
             and value.ndim == 2
             and len(value) == size
         }
-        assert inputs, "a batch of tokens holds features of each token"
-        mean, _ = module(dataclasses.replace(batch, **inputs))
-        columns = []
-        for p in range(mean.shape[1]):
-            gradients = torch.autograd.grad(
-                mean[:, p].sum(), list(inputs.values()), retain_graph=True, allow_unused=True
-            )
-            products = [
-                (gradient * value).sum(dim=1)
-                for gradient, value in zip(gradients, inputs.values(), strict=True)
-                if gradient is not None
-            ]
-            columns.append(torch.stack(products).sum(dim=0))
-        values = torch.stack(columns, dim=1).detach().abs().double().cpu().numpy()
+        assert ends, "a batch of tokens holds features of each token"
+        total: Any = 0.0
+        for step in range(STEPS):
+            way = (step + 0.5) / STEPS
+            inputs = {name: (way * end).requires_grad_() for name, end in ends.items()}
+            mean, _ = module(dataclasses.replace(batch, **inputs))
+            columns = []
+            for p in range(mean.shape[1]):
+                gradients = torch.autograd.grad(
+                    mean[:, p].sum(), list(inputs.values()), retain_graph=True, allow_unused=True
+                )
+                products = [
+                    (gradient * end).sum(dim=1)
+                    for gradient, end in zip(gradients, ends.values(), strict=True)
+                    if gradient is not None
+                ]
+                columns.append(torch.stack(products).sum(dim=0))
+            total = total + torch.stack(columns, dim=1).detach() / STEPS
+        values = total.double().cpu().numpy()
         network = np.repeat(np.arange(len(indices)), counts[indices.numpy()])
         totals = np.zeros((len(indices), values.shape[1]))
-        np.add.at(totals, network, values)
+        np.add.at(totals, network, np.abs(values))
         parts.append(values / np.maximum(totals, 1e-300)[network])
     return np.concatenate(parts)
 
