@@ -65,9 +65,12 @@ def test_a_randomized_model_gives_another_map_and_the_same_model_the_same(
     assert found["top_tenth"].between(0.1, 1.0).all()
 
 
-def test_attributions_add_up_to_the_change_of_the_prediction(fitted: Predictor) -> None:
-    """Integrated gradients are complete: a network whose scale is larger is raised by its last
-    layer, which carries most of the map."""
+@pytest.mark.parametrize("members", [1, 2])
+def test_shares_are_signed_and_rise_with_the_property(fitted: Predictor, members: int) -> None:
+    if members > 1:
+        config = {**SMALL, "statistics": False, "fit": {**FIT, "members": members}}
+        fitted = build("weightnet", config, ["scale"], 0)
+        fitted.fit(make_networks(96, 1), make_networks(32, 2))
     networks = make_networks(16, 5)
     values = attributions(fitted, networks)[:, 0]
     network = np.repeat(np.arange(16), [plan.tokens for plan in networks.layouts()])

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
@@ -116,8 +117,8 @@ def interpret(
 
 
 def attributions(predictor: Predictor, networks: Networks) -> Array:
-    """Return each token's share of its network's attribution, with its sign, float64 [L, P]: the
-    mean over the predictor's modules. Of one module, absolute values sum to 1 for each network.
+    """Return each token's share of its network's attribution, with its sign, float64 [L, P]: of
+    the mean of the predictor's modules. Absolute values sum to 1 for each network.
 
     Raises:
         ValueError: if the predictor does not read tokens.
@@ -130,24 +131,30 @@ def attributions(predictor: Predictor, networks: Networks) -> Array:
 def _attributions(
     modules: Sequence[nn.Module], batches: Batches, networks: Networks, config: FitConfig
 ) -> Array:
-    found: Array = np.mean(
-        [_module_attributions(module, batches, networks, config) for module in modules], axis=0
+    counts = np.array([plan.tokens for plan in networks.layouts()], dtype=np.int64)
+    values: Array = np.mean(
+        [_module_attributions(module, batches, counts, config) for module in modules], axis=0
     )
-    return found
+    network = np.repeat(np.arange(len(counts)), counts)
+    totals = np.zeros((len(counts), values.shape[1]))
+    np.add.at(totals, network, np.abs(values))
+    shares: Array = values / np.maximum(totals, 1e-300)[network]
+    return shares
 
 
 def _module_attributions(
-    module: nn.Module, batches: Batches, networks: Networks, config: FitConfig
+    module: nn.Module, batches: Batches, counts: NDArray[np.int64], config: FitConfig
 ) -> Array:
+    """Integrated gradients [L, P] of networks with ``counts`` tokens: those of a network add up to
+    its prediction less that of the same network with average tokens."""
     device = default_device()
     module.to(device).eval()
-    counts = np.array([plan.tokens for plan in networks.layouts()], dtype=np.int64)
     parts = []
     for indices in batches.cut(torch.arange(batches.count), config):
         size = int(counts[indices.numpy()].sum())
         batch: Any = batches.collate(indices).to(device)
         ends = {
-            field.name: value.detach()
+            field.name: value
             for field in dataclasses.fields(batch)
             if isinstance(value := getattr(batch, field.name), Tensor)
             and value.is_floating_point()
@@ -155,29 +162,29 @@ def _module_attributions(
             and len(value) == size
         }
         assert ends, "a batch of tokens holds features of each token"
-        total: Any = 0.0
-        for step in range(STEPS):
-            way = (step + 0.5) / STEPS
-            inputs = {name: (way * end).requires_grad_() for name, end in ends.items()}
-            mean, _ = module(dataclasses.replace(batch, **inputs))
-            columns = []
-            for p in range(mean.shape[1]):
-                gradients = torch.autograd.grad(
-                    mean[:, p].sum(), list(inputs.values()), retain_graph=True, allow_unused=True
-                )
-                products = [
-                    (gradient * end).sum(dim=1)
-                    for gradient, end in zip(gradients, ends.values(), strict=True)
-                    if gradient is not None
-                ]
-                columns.append(torch.stack(products).sum(dim=0))
-            total = total + torch.stack(columns, dim=1).detach() / STEPS
-        values = total.double().cpu().numpy()
-        network = np.repeat(np.arange(len(indices)), counts[indices.numpy()])
-        totals = np.zeros((len(indices), values.shape[1]))
-        np.add.at(totals, network, np.abs(values))
-        parts.append(values / np.maximum(totals, 1e-300)[network])
+        steps = ((step + 0.5) / STEPS for step in range(STEPS))
+        slopes = [_slopes(module, batch, ends, way) / STEPS for way in steps]
+        parts.append(torch.stack(slopes).sum(dim=0).double().cpu().numpy())
     return np.concatenate(parts)
+
+
+def _slopes(module: nn.Module, batch: Any, ends: dict[str, Tensor], way: float) -> Tensor:
+    """How fast each token moves each predicted mean where the features are ``way`` times those in
+    ``ends`` [L, P]: gradient times features, summed over the features."""
+    inputs = {name: (way * end).requires_grad_() for name, end in ends.items()}
+    mean, _ = module(dataclasses.replace(batch, **inputs))
+    columns = []
+    for p in range(mean.shape[1]):
+        gradients = torch.autograd.grad(
+            mean[:, p].sum(), list(inputs.values()), retain_graph=True, allow_unused=True
+        )
+        products = [
+            (gradient * end).sum(dim=1)
+            for gradient, end in zip(gradients, ends.values(), strict=True)
+            if gradient is not None
+        ]
+        columns.append(torch.stack(products).sum(dim=0))
+    return torch.stack(columns, dim=1)
 
 
 def _reading_tokens(predictor: Predictor) -> ModulePredictor:
