@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from weightnet.zoo import stacked
+from weightnet.zoo import fused, stacked
 from weightnet.zoo.architectures import FAMILIES, build
 from weightnet.zoo.stacked import StackedModule
 
@@ -125,21 +125,46 @@ def test_dropout_keeps_the_expectation_at_each_model_probability(shape: tuple[in
 
 
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(6)])
-def test_pooling_before_relu_changes_no_bit(
-    pool: nn.MaxPool2d, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "before", [nn.ReLU(), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), nn.Tanh()]
+)
+def test_kernels_and_rewriting_change_no_bit(
+    pool: nn.MaxPool2d, before: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), pool, nn.Conv2d(4, 2, 3, padding=1))
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), before, pool, nn.Conv2d(4, 2, 3, padding=1))
     results = []
-    for swap in (True, False):
-        if not swap:
+    for changed in (True, False):
+        if not changed:
             monkeypatch.setattr(stacked, "_pool_before_relu", lambda module: None)
+            monkeypatch.setattr(stacked, "_write_over", lambda module: None)
+            monkeypatch.setattr(fused, "is_channels_last", lambda x: False)
         stack = StackedModule(module, MODELS)
-        joined = [isinstance(layer, stacked.PooledReLU) for layer in stack.modules()]
-        assert any(joined) is swap
+        relus = [layer for layer in stack.modules() if isinstance(layer, nn.ReLU)]
+        assert bool(relus) is (not changed and not isinstance(before, nn.Tanh))
         stack.load([module.state_dict()] * MODELS)
         y = stack(images().float())
         results.append([y, *torch.autograd.grad(y.square().sum(), list(stack.parameters()))])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_what_is_read_twice_is_not_written_over() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.relu, self.last = nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)
+            self.head = nn.Linear(4 * 8 * 8, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.norm(self.conv(x))
+            return self.head(torch.flatten(self.relu(self.last(self.relu(y)) + y), 1))
+
+    modules = [Twice().double() for _ in range(MODELS)]
+    stack, x = stack_of(modules), images()
+    alone = torch.stack([module(batch) for module, batch in zip(modules, x, strict=True)])
+    torch.testing.assert_close(stack(x), alone)
+    over = [layer for layer in stack.modules() if isinstance(layer, nn.ReLU) and layer.inplace]
+    assert len(over) == 1  # the last one
 
 
 def test_what_cannot_be_stacked_is_named() -> None:

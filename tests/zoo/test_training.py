@@ -13,6 +13,7 @@ from weightnet.tasks import load_task
 from weightnet.zoo.architectures import build
 from weightnet.zoo.training import (
     MOMENTUM,
+    _Optimizer,
     batch_order,
     initialize,
     shift,
@@ -97,6 +98,20 @@ def test_a_stack_trains_like_its_runs_alone(shape: str) -> None:
         assert set(state) == {n for n, t in plain.items() if t.is_floating_point()}
         for name, tensor in state.items():
             torch.testing.assert_close(tensor, plain[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_fused_step_is_torchs() -> None:
+    rows = [recipe(number) for number in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(4, 3, 50, generator=generator).unbind()
+    fast, plain = (_Optimizer(rows, [start.clone()], torch.device("cpu")) for _ in range(2))
+    for step, gradient in enumerate(gradients):
+        fast.step(step, [gradient])
+        plain.step_plainly(step, gradient.clone())
+        for name in ("weights", "first"):
+            torch.testing.assert_close(
+                getattr(fast, name), getattr(plain, name), rtol=1e-6, atol=1e-7
+            )
 
 
 def test_a_diverging_run_is_marked_and_leaves_its_neighbours_alone() -> None:

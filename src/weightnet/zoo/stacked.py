@@ -14,13 +14,16 @@ tensor of the stack is [S * d0, ...] where the plain one is [d0, ...], so that a
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+
+from weightnet.zoo import fused
 
 State = dict[str, Tensor]
 
@@ -31,7 +34,6 @@ _POINTWISE = (
     nn.GELU,
     nn.SiLU,
     nn.Identity,
-    nn.MaxPool2d,
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
 )
@@ -55,9 +57,19 @@ class StackedConv2d(nn.Module):
         self.weight = nn.Parameter(conv.weight.repeat(stack, 1, 1, 1))
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.repeat(stack))
         self.arguments = (conv.stride, conv.padding, conv.dilation, conv.groups * stack)
+        self.same = int(conv.padding[0])
+        self.fused = (
+            conv.in_channels == conv.out_channels == conv.groups
+            and (conv.stride, conv.dilation) == ((1, 1), (1, 1))
+            and conv.padding == (self.same, self.same)
+            and conv.kernel_size == (2 * self.same + 1, 2 * self.same + 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve each model's channels with its own kernels."""
+        if self.fused and max(x.shape[2:]) <= 2 and fused.is_channels_last(x):
+            depthwise = fused.DepthwiseConvolution.apply(x, self.weight, self.bias, self.same)
+            return cast(Tensor, depthwise)
         return F.conv2d(x, self.weight, self.bias, *self.arguments)  # type: ignore[arg-type]
 
 
@@ -93,32 +105,43 @@ class StackedDropout(nn.Module):
         if not self.training or not bool(self.probability.any()):
             return x
         keep = 1 - self.probability
-        uniform = torch.rand(x.shape, generator=self.generator, device=x.device)
+        if x.device.type == "cpu" and self.generator is not None:
+            uniform = fused.rand(x.shape, self.generator)
+        else:
+            uniform = torch.rand(x.shape, generator=self.generator, device=x.device)
         if x.ndim == 3:
             keep = keep.view(self.stack, 1, 1)
         else:
-            keep = keep.repeat_interleave(x.shape[1] // self.stack).view(1, -1, 1, 1)
+            keep = keep.repeat_interleave(x.shape[1] // self.stack)
+            if fused.is_channels_last(x) and x.dtype == keep.dtype:
+                return cast(Tensor, fused.Dropout.apply(x, uniform, keep))
+            keep = keep.view(1, -1, 1, 1)
             uniform = uniform.contiguous(memory_format=torch.channels_last)
         return x * (uniform < keep) / keep
 
 
-class PooledReLU(nn.Module):
-    """max-pool(relu(x)) computed as relu(max-pool(x)), which passes over fewer values.
+class StackedMaxPool2d(nn.Module):
+    """Max-pooling, and the ReLU before it if there is one: max-pool(relu(x)), computed as
+    relu(max-pool(x)), which passes over fewer values.
 
     Values and gradients are the same to the bit. So are those of what follows, which depend on
-    the layout in memory: it differs where one pixel is left, so that there the ReLU stays first.
+    the layout in memory: torch's own differs where one pixel is left, so that there its ReLU
+    stays first.
     """
 
-    def __init__(self, pool: nn.MaxPool2d) -> None:
+    def __init__(self, pool: nn.MaxPool2d, rectify: bool = False) -> None:
         super().__init__()
-        self.pool = pool
+        self.pool, self.rectify = pool, rectify
+        self.fused = str(pool) == str(nn.MaxPool2d(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, height, width] -> [B, channels, height', width']."""
-        pooled = self.pool(x)
-        if pooled.shape[2:] == (1, 1):
-            return self.pool(F.relu(x))
-        return F.relu(pooled)
+        if self.fused and fused.is_channels_last(x):
+            return cast(Tensor, fused.MaxPool.apply(x, 0.0 if self.rectify else math.nan))
+        pooled: Tensor = self.pool(x)
+        if not self.rectify:
+            return pooled
+        return self.pool(F.relu(x)) if pooled.shape[2:] == (1, 1) else F.relu(pooled)
 
 
 class _Restack(fx.Transformer):
@@ -166,11 +189,30 @@ def _pool_before_relu(module: fx.GraphModule) -> None:
             continue
         (pool,) = relu.users
         layer = layers.get(str(pool.target))
-        if isinstance(layer, nn.MaxPool2d):
-            module.add_submodule(f"{relu.name}_pooled", PooledReLU(layer))
+        if isinstance(layer, StackedMaxPool2d):
+            module.add_submodule(f"{relu.name}_pooled", StackedMaxPool2d(layer.pool, True))
             pool.target = f"{relu.name}_pooled"
             relu.replace_all_uses_with(relu.args[0])
             module.graph.erase_node(relu)
+    module.recompile()
+
+
+def _write_over(module: fx.GraphModule) -> None:
+    """Let additions and ReLUs write over what they read, where nobody else needs it: neither
+    another reader, nor the gradient of the layer that made it."""
+    layers = dict(module.named_modules())
+
+    def is_free(node: Any) -> bool:
+        made = isinstance(layers.get(str(node.target)), StackedConv2d | nn.BatchNorm2d)
+        return len(node.users) == 1 and (made or node.target in (operator.add, operator.iadd))
+
+    for node in module.graph.nodes:
+        if node.target is operator.add and is_free(node.args[0]):
+            node.target = operator.iadd
+        layer = layers.get(str(node.target))
+        if isinstance(layer, nn.ReLU | nn.ReLU6) and is_free(node.args[0]):
+            node.target = f"{node.name}_over"
+            module.add_submodule(node.target, type(layer)(inplace=True))
     module.recompile()
 
 
@@ -185,6 +227,8 @@ def _stacked_layer(layer: nn.Module, stack: int, name: str) -> nn.Module:
         )
     if isinstance(layer, nn.Dropout):
         return StackedDropout(stack)
+    if isinstance(layer, nn.MaxPool2d):
+        return StackedMaxPool2d(layer)
     if isinstance(layer, _POINTWISE):
         layer = copy.deepcopy(layer)
         if hasattr(layer, "inplace"):
@@ -214,6 +258,7 @@ class StackedModule(nn.Module):
         _pool_before_relu(traced)
         self.stack = stack
         self.module = _Restack(traced, stack).transform()
+        _write_over(self.module)
 
     def forward(self, images: Tensor) -> Tensor:
         """images [S, B, channels, height, width] -> logits [S, B, C]."""

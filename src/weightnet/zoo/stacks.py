@@ -11,19 +11,22 @@ from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from torch.utils import deterministic
 
 from weightnet.compute import default_device, default_jobs, worker_pool
 from weightnet.tasks import load_task
-from weightnet.zoo import properties as properties_module
-from weightnet.zoo import training as training_module
+from weightnet.zoo import fused, properties, stacked, training
 from weightnet.zoo.architectures import build
 from weightnet.zoo.properties import PropertyConfig, measure_properties
 from weightnet.zoo.stacked import StackedModule, graph_text
 from weightnet.zoo.store import write_stack
 from weightnet.zoo.training import train_stack
+
+CODE = (training, stacked, fused, properties)  # what trains and measures
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def plan_stacks(
             graph_text(build(first["family"], **json.loads(first["arguments"]))),
             load_task(first["task"]).digest(),
             json.dumps([properties, config.model_dump()], sort_keys=True),
-            *(Path(str(m.__file__)).read_text() for m in (training_module, properties_module)),
+            *(Path(str(module.__file__)).read_text() for module in CODE),
         ]
         key = hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
         stacks.append(Stack(rows.reset_index(drop=True), tuple(properties), config, folder / key))
@@ -112,11 +115,14 @@ def _train_here(stack: Stack) -> None:
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    memory: Any = deterministic
+    fills, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, False  # slow
     try:
         stack.train()
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(strict)
+        memory.fill_uninitialized_memory = fills
 
 
 EXECUTORS: dict[str, Executor] = {"local": run_local}

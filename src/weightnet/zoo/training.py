@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from weightnet.randomness import derive_seed, numpy_generator, torch_generator
 from weightnet.tasks import Task
+from weightnet.zoo import fused
 from weightnet.zoo.stacked import StackedModule, State
 
 MOMENTUM = 0.9
@@ -117,11 +118,33 @@ class _Run:
         self.shifts = shift_order(recipe) if recipe["augmentation"] else None
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Which of the task's images [B] a step sees, and their labels [B]."""
         positions = self.order[step]
-        images = self.images[self.indices[positions]]
-        if self.shifts is not None:
-            images = shift(images, self.shifts[step], self.recipe["augmentation"])
-        return images, self.labels[positions]
+        return self.indices[positions], self.labels[positions]
+
+    def put_images(self, step: int, indices: Tensor, out: Tensor) -> None:
+        """Write a step's images to [B, channels, height, width], of any layout."""
+        offsets = None if self.shifts is None else self.shifts[step]
+        if out.device.type == "cpu":
+            fused.gather(self.images, indices, offsets, out)
+            return
+        images = self.images[indices]
+        if offsets is not None:
+            images = shift(images, offsets, self.recipe["augmentation"])
+        out.copy_(images)
+
+
+def _inputs(runs: list[_Run], step: int, indices: list[Tensor], device: str) -> Tensor:
+    """The images of a step, [S, B, channels, height, width], in memory as a stack reads them."""
+    images = runs[0].images
+    batch, (channels, height, width) = len(indices[0]), images.shape[1:]
+    room = torch.empty(
+        (batch, height, width, len(runs), channels), dtype=images.dtype, device=device
+    )
+    inputs = room.permute(3, 0, 4, 1, 2)
+    for run, chosen, out in zip(runs, indices, inputs, strict=True):
+        run.put_images(step, chosen, out)
+    return inputs
 
 
 class _Optimizer:
@@ -150,14 +173,33 @@ class _Optimizer:
     def step(self, t: int, gradients: list[Tensor]) -> None:
         """Update ``weights`` by the gradients (each [S, ...]) of step ``t`` (from 0)."""
         gradient = torch.cat([g.flatten(1) for g in gradients], dim=1)
+        if self.weights.device.type == "cpu":
+            rate, shrinkage, *corrections = self._schedule(t)
+            fused.update(
+                self.weights,
+                gradient,
+                (self.first, self.second),
+                (self.adam, self.coupled, self.gain, shrinkage, rate),
+                (MOMENTUM, BETA_SQUARE, 1 - BETA_SQUARE, *corrections, EPSILON),
+            )
+        else:
+            self.step_plainly(t, gradient)
+
+    def step_plainly(self, t: int, gradient: Tensor) -> None:
+        """What `step` does, in calls of torch; ``gradient`` [S, parameters] is spoilt."""
+        rate, shrinkage, first_sum, second_sum = self._schedule(t)
         gradient.addcmul_(self.weights, self.coupled)
         self.first.mul_(MOMENTUM).addcmul_(gradient, self.gain)
         self.second.mul_(BETA_SQUARE).addcmul_(gradient, gradient, value=1 - BETA_SQUARE)
-        root = (self.second / (1 - BETA_SQUARE ** (t + 1))).sqrt_().add_(EPSILON)
-        adam_step = self.first / (1 - MOMENTUM ** (t + 1)) / root
-        direction = torch.where(self.adam, adam_step, self.first)
+        root = (self.second / second_sum).sqrt_().add_(EPSILON)
+        direction = torch.where(self.adam, self.first / first_sum / root, self.first)
+        self.weights.mul_(shrinkage).addcmul_(rate, direction, value=-1)
+
+    def _schedule(self, t: int) -> tuple[Tensor, Tensor, float, float]:
+        """Learning rates [S, 1], what weight decay leaves, and the corrections of the moments."""
         rate = self.rate * 0.5 * (1 + torch.cos(math.pi * t / self.steps))
-        self.weights.mul_(1 - rate * self.decoupled).addcmul_(rate, direction, value=-1)
+        shrinkage = 1 - rate * self.decoupled
+        return rate, shrinkage, 1 - MOMENTUM ** (t + 1), 1 - BETA_SQUARE ** (t + 1)
 
     def keep(self, rows: Tensor) -> None:
         """Drop the models that are not in ``rows``."""
@@ -200,7 +242,7 @@ def train_stack(
     step = 0
     while alive:
         batches = [runs[i].batch(step) for i in alive]
-        inputs = torch.stack([batch for batch, _ in batches]).to(device)
+        inputs = _inputs([runs[i] for i in alive], step, [batch for batch, _ in batches], device)
         targets = torch.stack([labels for _, labels in batches]).to(device)
         logits = stack(inputs)
         losses = (

@@ -1,0 +1,349 @@
+"""Kernels for the CPU that do in one pass over memory what torch does in several.
+
+Small networks spend more time on moving their feature maps than on convolving them. The kernels
+are compiled by Numba when they are first called, and kept in its cache on disk. Each computes the
+same operations in the same order as the calls of torch that it stands for, so that its values are
+theirs, bit for bit: tests/zoo/test_fused.py compares them, infinities and NaN included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from numba.extending import intrinsic
+from torch import Tensor
+
+Array = np.ndarray[Any, Any]
+kernel = njit(cache=True, nogil=True, error_model="numpy")
+
+_NOWHERE = 4  # no pixel of the window gets a gradient
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether [B, channels, height, width] lies on the CPU with its channels innermost."""
+    return (
+        x.device.type == "cpu"
+        and x.ndim == 4
+        and x.is_floating_point()
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _pixels(x: Tensor) -> Array:
+    """[B, height, width, channels], the same memory."""
+    array: Array = x.detach().permute(0, 2, 3, 1).numpy()
+    return array
+
+
+def _maps_like(x: Tensor, height: int, width: int) -> Tensor:
+    size = (x.shape[0], x.shape[1], height, width)
+    return torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+
+
+@intrinsic
+def _fma(typing: Any, one: Any, other: Any, summand: Any) -> Any:
+    """one * other + summand, rounded once, as torch.addcmul does."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return one(one, one, one), generate
+
+
+class MaxPool(torch.autograd.Function):
+    """Max-pooling over windows of 2 x 2, of x as `is_channels_last` wants it; where the maximum
+    does not exceed ``floor``, it becomes the floor and has no gradient (0: a ReLU; NaN: none)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, floor: float) -> Tensor:
+        """[B, channels, height, width] -> [B, channels, height // 2, width // 2]."""
+        out = _maps_like(x, x.shape[2] // 2, x.shape[3] // 2)
+        pixels = _pixels(x)
+        ctx.chosen = np.empty(_pixels(out).shape, np.uint8)
+        ctx.size = x.shape[2:]
+        _pool(pixels, pixels.dtype.type(floor), _pixels(out), ctx.chosen)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient goes to the first largest pixel of its window."""
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        out = _maps_like(gradient, *ctx.size)
+        _unpool(_pixels(gradient), ctx.chosen, _pixels(out))
+        return out, None
+
+
+@kernel
+def _pool(x: Array, floor: Any, out: Array, chosen: Array) -> None:
+    batch, height, width, channels = out.shape
+    for b in range(batch):
+        for i in range(height):
+            for j in range(width):
+                for c in range(channels):
+                    largest = x[b, 2 * i, 2 * j, c]
+                    where = np.uint8(0)
+                    value = x[b, 2 * i, 2 * j + 1, c]
+                    larger = (value > largest) | (value != value)
+                    largest = value if larger else largest
+                    where = np.uint8(1) if larger else where
+                    value = x[b, 2 * i + 1, 2 * j, c]
+                    larger = (value > largest) | (value != value)
+                    largest = value if larger else largest
+                    where = np.uint8(2) if larger else where
+                    value = x[b, 2 * i + 1, 2 * j + 1, c]
+                    larger = (value > largest) | (value != value)
+                    largest = value if larger else largest
+                    where = np.uint8(3) if larger else where
+                    out[b, i, j, c] = floor if largest < floor else largest
+                    chosen[b, i, j, c] = np.uint8(_NOWHERE) if largest <= floor else where
+
+
+@kernel
+def _unpool(gradient: Array, chosen: Array, out: Array) -> None:
+    batch, height, width, channels = gradient.shape
+    zero = gradient.dtype.type(0)
+    for b in range(batch):
+        for i in range(height):
+            for j in range(width):
+                for c in range(channels):
+                    value = gradient[b, i, j, c] + zero  # as torch adds it to a zero
+                    where = chosen[b, i, j, c]
+                    out[b, 2 * i, 2 * j, c] = value if where == 0 else zero
+                    out[b, 2 * i, 2 * j + 1, c] = value if where == 1 else zero
+                    out[b, 2 * i + 1, 2 * j, c] = value if where == 2 else zero
+                    out[b, 2 * i + 1, 2 * j + 1, c] = value if where == 3 else zero
+            out[b, 2 * i, 2 * width :] = zero
+            out[b, 2 * i + 1, 2 * width :] = zero
+        out[b, 2 * height :] = zero
+
+
+class Dropout(torch.autograd.Function):
+    """x * (uniform < keep) / keep, of x as `is_channels_last` wants it, uniform [B, channels,
+    height, width] contiguous and keep [channels]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, uniform: Tensor, keep: Tensor) -> Tensor:
+        """[B, channels, height, width] -> the same."""
+        out = torch.empty_like(x)
+        ctx.mask = np.empty(_pixels(x).shape, np.uint8)
+        ctx.keep = keep.numpy()
+        _drop(_pixels(x), uniform.numpy(), ctx.keep, _pixels(out), ctx.mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """gradient / keep * mask, in the gradient's own layout."""
+        if not is_channels_last(gradient):
+            mask = torch.from_numpy(ctx.mask).permute(0, 3, 1, 2)
+            return gradient / torch.from_numpy(ctx.keep)[:, None, None] * mask, None, None
+        out = torch.empty_like(gradient)
+        _undrop(_pixels(gradient), ctx.mask, ctx.keep, _pixels(out))
+        return out, None, None
+
+
+@kernel
+def _drop(x: Array, uniform: Array, keep: Array, out: Array, mask: Array) -> None:
+    batch, height, width, channels = x.shape
+    for b in range(batch):
+        for i in range(height):
+            for j in range(width):
+                for c in range(channels):
+                    kept = np.uint8(uniform[b, c, i, j] < keep[c])
+                    mask[b, i, j, c] = kept
+                    out[b, i, j, c] = x[b, i, j, c] * x.dtype.type(kept) / keep[c]
+
+
+@kernel
+def _undrop(gradient: Array, mask: Array, keep: Array, out: Array) -> None:
+    batch, height, width, channels = gradient.shape
+    for b in range(batch):
+        for i in range(height):
+            for j in range(width):
+                for c in range(channels):
+                    kept = gradient.dtype.type(mask[b, i, j, c])
+                    out[b, i, j, c] = gradient[b, i, j, c] / keep[c] * kept
+
+
+class DepthwiseConvolution(torch.autograd.Function):
+    """torch.conv2d with a kernel for each channel, stride 1 and the same padding on all sides, of
+    x as `is_channels_last` wants it, which is as large before as after.
+
+    Over one or four pixels, torch's gradient of the weights takes most of a network's time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+        """x [B, channels, height, width], weight [channels, 1, K, K] -> as x."""
+        ctx.save_for_backward(x, weight)
+        ctx.arguments = ([len(weight)] if bias is not None else None, padding)
+        return torch.conv2d(x, weight, bias, 1, padding, 1, len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """torch's, but for the weights."""
+        x, weight = ctx.saved_tensors
+        bias, padding = ctx.arguments
+        steps = ([1, 1], [padding, padding], [1, 1], False, [0, 0])  # not transposed
+        wanted = [ctx.needs_input_grad[0], False, bias is not None]
+        to_x, _, to_bias = torch.ops.aten.convolution_backward(
+            gradient, x, weight, bias, *steps, len(weight), wanted
+        )
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        sums = torch.zeros(weight.shape[2:] + weight.shape[:1], dtype=x.dtype)
+        _correlate(_pixels(x), _pixels(gradient), padding, sums.numpy())
+        return to_x, sums.permute(2, 0, 1)[:, None].contiguous(), to_bias, None
+
+
+@kernel
+def _correlate(x: Array, gradient: Array, padding: int, out: Array) -> None:
+    batch, height, width, channels = x.shape
+    row = np.empty(channels, x.dtype)
+    for b in range(batch):
+        for i in range(height):
+            for k in range(max(0, padding - i), min(out.shape[0], height + padding - i)):
+                for m in range(out.shape[1]):
+                    row[:] = x.dtype.type(0)
+                    for j in range(max(0, padding - m), min(width, width + padding - m)):
+                        for c in range(channels):
+                            value = x[b, i + k - padding, j + m - padding, c]
+                            row[c] = _fma(value, gradient[b, i, j, c], row[c])
+                    for c in range(channels):
+                        out[k, m, c] += row[c]
+
+
+def rand(size: torch.Size, generator: torch.Generator) -> Tensor:
+    """torch.rand on the CPU: the same numbers, and the generator left in the same state."""
+    state = generator.get_state()
+    left, words = state[8:12].numpy().view(np.int32), state[16:5016].numpy().view(np.uint64)
+    block = words[1:].astype(np.uint32)  # of the Mersenne Twister
+    out = torch.empty(size)
+    drawn = _twist(block, 625 - int(left[0]), out.view(-1).numpy())
+    left[0], words[0], words[1:] = 625 - drawn, drawn, block
+    generator.set_state(state)
+    return out
+
+
+@kernel
+def _mix(word: Any, following: Any, other: Any) -> Any:
+    one = np.uint32(1)
+    word = (word & np.uint32(0x80000000)) | (following & np.uint32(0x7FFFFFFF))
+    return other ^ (word >> one) ^ ((np.uint32(0) - (word & one)) & np.uint32(0x9908B0DF))
+
+
+@kernel
+def _twist(block: Array, drawn: int, out: Array) -> int:
+    """Fill ``out`` as Matsumoto and Nishimura (1998) do, and tell how many of the last block's
+    624 words are drawn; https://doi.org/10.1145/272991.272995."""
+    done = 0
+    while done < len(out):
+        if drawn == 624:
+            for start, end, other in ((0, 227, 397), (227, 454, -227), (454, 623, -227)):
+                for i in range(start, end):  # none of which reads what another one writes
+                    block[i] = _mix(block[i], block[i + 1], block[i + other])
+            block[623] = _mix(block[623], block[0], block[396])
+            drawn = 0
+        count = min(624 - drawn, len(out) - done)
+        for i in range(count):
+            word = block[drawn + i]
+            word ^= word >> np.uint32(11)
+            word ^= (word << np.uint32(7)) & np.uint32(0x9D2C5680)
+            word ^= (word << np.uint32(15)) & np.uint32(0xEFC60000)
+            word ^= word >> np.uint32(18)
+            out[done + i] = np.float32(np.int32(word & np.uint32(0xFFFFFF))) * np.float32(2**-24)
+        drawn += count
+        done += count
+    return drawn
+
+
+def gather(images: Tensor, indices: Tensor, offsets: Tensor | None, out: Tensor) -> None:
+    """Write images [N, channels, height, width] number ``indices`` [B] to ``out`` [B, channels,
+    height, width], each shifted by its offsets [B, 2], filling with the edge."""
+    if offsets is None:
+        offsets = torch.zeros(len(indices), 2, dtype=torch.int64)
+    _gather(images.numpy(), indices.numpy(), offsets.numpy(), out.numpy())
+
+
+@kernel
+def _gather(images: Array, indices: Array, offsets: Array, out: Array) -> None:
+    batch, channels, height, width = out.shape
+    for b in range(batch):
+        for i in range(height):
+            y = min(max(i + offsets[b, 0], 0), height - 1)
+            for j in range(width):
+                x = min(max(j + offsets[b, 1], 0), width - 1)
+                for c in range(channels):
+                    out[b, c, i, j] = images[indices[b], c, y, x]
+
+
+def update(
+    weights: Tensor,
+    gradient: Tensor,
+    moments: tuple[Tensor, Tensor],
+    rows: tuple[Tensor, ...],
+    scalars: tuple[float, ...],
+) -> None:
+    """A step of S optimizers on [S, parameters], in place; see `weightnet.zoo.training`.
+
+    Args:
+        weights: Updated.
+        gradient: Of the loss; spoilt.
+        moments: First and second moment, updated (the second for AdamW alone).
+        rows: [S, 1] each: AdamW or SGD, coupled decay, gain, shrinkage of weights, learning rate.
+        scalars: Decay of the first moment, of the second, one less the latter, corrections of
+            both, epsilon.
+    """
+    kind = weights.numpy().dtype.type
+    keep_first, keep_second, take_second, *rest = (kind(value) for value in scalars)
+    adam, coupled, gain, shrinkage, rate = (row.flatten().numpy() for row in rows)
+    arrays = (weights.numpy(), gradient.numpy(), *(moment.numpy() for moment in moments))
+    correct_first, correct_second, epsilon = rest
+    _moments(*arrays, adam, coupled, gain, keep_first, keep_second, take_second, correct_second)
+    for row in np.flatnonzero(adam):
+        gradient[row].sqrt_()  # torch's, which is not NumPy's to the last digit
+    _move(*arrays[:3], adam, shrinkage, rate, correct_first, epsilon)
+
+
+@kernel
+def _moments(
+    weights: Array,
+    gradient: Array,
+    first: Array,
+    second: Array,
+    adam: Array,
+    coupled: Array,
+    gain: Array,
+    keep_first: Any,
+    keep_second: Any,
+    take_second: Any,
+    correct_second: Any,
+) -> None:
+    for s in range(len(weights)):
+        for i in range(weights.shape[1]):
+            slope = _fma(weights[s, i], coupled[s], gradient[s, i])
+            first[s, i] = _fma(slope, gain[s], first[s, i] * keep_first)
+            if adam[s]:
+                square = _fma(take_second * slope, slope, second[s, i] * keep_second)
+                second[s, i] = square
+                gradient[s, i] = square / correct_second
+
+
+@kernel
+def _move(
+    weights: Array,
+    root: Array,
+    first: Array,
+    adam: Array,
+    shrinkage: Array,
+    rate: Array,
+    correct_first: Any,
+    epsilon: Any,
+) -> None:
+    for s in range(len(weights)):
+        for i in range(weights.shape[1]):
+            step = first[s, i]
+            if adam[s]:
+                step = step / correct_first / (root[s, i] + epsilon)
+            weights[s, i] = _fma(-rate[s], step, weights[s, i] * shrinkage[s])
