@@ -167,3 +167,14 @@ def test_ablations_of_another_split_are_refused(evidence: Evidence) -> None:
     other = dataclasses.replace(evidence, ablations=make_ablations("ffffffffffff"))
     report = write_report(other)
     assert "**Refused:** 2 rows" in report and "no-messages" not in report
+
+
+def test_ablations_of_an_earlier_training_are_told(evidence: Evidence) -> None:
+    told = "`weightnet` .500 then"
+    assert told in write_report(evidence)
+    table = make_ablations("0123456789ab")
+    scores = evidence.scores.set_index(["predictor", "split", "property", "subset", "metric"])
+    now = scores.loc[("weightnet", "iid", "test_accuracy", "all", "tau"), "value"]
+    same = dataclasses.replace(evidence, ablations=table.assign(value=float(now)))
+    assert told not in write_report(same)
+    assert "earlier training" not in write_report(same)
