@@ -81,6 +81,19 @@ def test_states_return_what_was_loaded(family: str) -> None:
         assert all(torch.equal(state[name], plain[name]) for name in plain)
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_stack_that_drops_models_is_a_stack_of_the_others(family: str) -> None:
+    modules = without_dropout(plain_modules(family))
+    stack, others = stack_of(modules), stack_of([modules[0], modules[2]])
+    stack.keep(torch.tensor([0, 2]))
+    x = images()[[0, 2]]
+    assert torch.equal(stack(x), others(x))
+    gradients = (torch.autograd.grad(s(x).sum(), list(s.parameters())) for s in (stack, others))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    for one, other in zip(stack.states(), others.states(), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
 def test_a_model_that_overflows_does_not_reach_its_neighbours() -> None:
     modules = plain_modules("cnn", batchnorm=False)
     with torch.no_grad():

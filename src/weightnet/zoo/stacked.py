@@ -56,7 +56,8 @@ class StackedConv2d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(conv.weight.repeat(stack, 1, 1, 1))
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.repeat(stack))
-        self.arguments = (conv.stride, conv.padding, conv.dilation, conv.groups * stack)
+        self.arguments = (conv.stride, conv.padding, conv.dilation)
+        self.groups = conv.groups * stack
         self.same = int(conv.padding[0])
         self.fused = (
             conv.in_channels == conv.out_channels == conv.groups
@@ -70,7 +71,7 @@ class StackedConv2d(nn.Module):
         if self.fused and max(x.shape[2:]) <= 2 and fused.is_channels_last(x):
             depthwise = fused.DepthwiseConvolution.apply(x, self.weight, self.bias, self.same)
             return cast(Tensor, depthwise)
-        return F.conv2d(x, self.weight, self.bias, *self.arguments)  # type: ignore[arg-type]
+        return F.conv2d(x, self.weight, self.bias, *self.arguments, self.groups)  # type: ignore[arg-type]
 
 
 class StackedLinear(nn.Module):
@@ -144,41 +145,58 @@ class StackedMaxPool2d(nn.Module):
         return self.pool(F.relu(x)) if pooled.shape[2:] == (1, 1) else F.relu(pooled)
 
 
-class _Restack(fx.Transformer):
-    """Rewrites the calls whose meaning depends on the layout: flatten and concatenation."""
+class StackedFlatten(nn.Module):
+    """[B, S * channels, height, width] -> [S, B, channels * height * width]."""
 
-    def __init__(self, module: fx.GraphModule, stack: int) -> None:
-        super().__init__(module)
+    def __init__(self, stack: int) -> None:
+        super().__init__()
         self.stack = stack
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is torch.flatten:
-            return super().call_function(_flatten, (args[0], self.stack), {})
-        if target is torch.cat:
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    def forward(self, x: Tensor) -> Tensor:
+        """Separate the models."""
+        return x.reshape(len(x), self.stack, -1).transpose(0, 1)
+
+
+class StackedConcatenation(nn.Module):
+    """Several [B, S * channels, height, width] -> one, joined model by model."""
+
+    def __init__(self, stack: int) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Join each model's channels."""
+        batch, _, height, width = tensors[0].shape
+        parts = [tensor.reshape(batch, self.stack, -1, height, width) for tensor in tensors]
+        return torch.cat(parts, dim=2).reshape(batch, -1, height, width)
+
+
+def _restack(module: fx.GraphModule, stack: int) -> None:
+    """Replace, in place, the calls whose meaning depends on the layout: flatten and
+    concatenation."""
+    for node in module.graph.nodes:
+        if node.op == "call_method":
+            raise ValueError(
+                f"cannot stack the method {node.target}; use the torch function in the module"
+            )
+        if node.op != "call_function" or node.target in _POINTWISE_FUNCTIONS:
+            continue
+        if node.target is torch.flatten:
+            layer: nn.Module = StackedFlatten(stack)
+        elif node.target is torch.cat:
+            dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
             if dim != 1:
                 raise ValueError(
                     f"a stacked concatenation must join channels (dim 1), however: {dim=}"
                 )
-            return super().call_function(_concatenate, (args[0], self.stack), {})
-        if target not in _POINTWISE_FUNCTIONS:
+            layer = StackedConcatenation(stack)
+        else:
             raise ValueError(
-                f"cannot stack the function {target}; add it to weightnet.zoo.stacked"
+                f"cannot stack the function {node.target}; add it to weightnet.zoo.stacked"
             )
-        return super().call_function(target, args, kwargs)
-
-    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        raise ValueError(f"cannot stack the method {target}; use the torch function in the module")
-
-
-def _flatten(x: Tensor, stack: int) -> Tensor:
-    return x.reshape(len(x), stack, -1).transpose(0, 1)
-
-
-def _concatenate(tensors: Sequence[Tensor], stack: int) -> Tensor:
-    batch, _, height, width = tensors[0].shape
-    parts = [tensor.reshape(batch, stack, -1, height, width) for tensor in tensors]
-    return torch.cat(parts, dim=2).reshape(batch, -1, height, width)
+        module.add_submodule(f"{node.name}_stacked", layer)
+        node.op, node.target = "call_module", f"{node.name}_stacked"
+        node.args, node.kwargs = (node.args[0],), {}
 
 
 def _pool_before_relu(module: fx.GraphModule) -> None:
@@ -194,7 +212,6 @@ def _pool_before_relu(module: fx.GraphModule) -> None:
             pool.target = f"{relu.name}_pooled"
             relu.replace_all_uses_with(relu.args[0])
             module.graph.erase_node(relu)
-    module.recompile()
 
 
 def _write_over(module: fx.GraphModule) -> None:
@@ -213,7 +230,6 @@ def _write_over(module: fx.GraphModule) -> None:
         if isinstance(layer, nn.ReLU | nn.ReLU6) and is_free(node.args[0]):
             node.target = f"{node.name}_over"
             module.add_submodule(node.target, type(layer)(inplace=True))
-    module.recompile()
 
 
 def _stacked_layer(layer: nn.Module, stack: int, name: str) -> nn.Module:
@@ -239,6 +255,9 @@ def _stacked_layer(layer: nn.Module, stack: int, name: str) -> nn.Module:
     )
 
 
+_COUNTING = (StackedLinear, StackedDropout, StackedFlatten, StackedConcatenation)
+
+
 def graph_text(module: nn.Module) -> str:
     """The traced forward computation and its layers as text: equal for equal architectures."""
     traced = fx.symbolic_trace(module)
@@ -255,10 +274,13 @@ class StackedModule(nn.Module):
         for name, layer in list(traced.named_modules()):
             if name and not list(layer.children()) and not isinstance(layer, nn.Sequential):
                 traced.set_submodule(name, _stacked_layer(layer, stack, name))
+        _restack(traced, stack)
         _pool_before_relu(traced)
+        _write_over(traced)
+        traced.delete_all_unused_submodules()
+        traced.recompile()
         self.stack = stack
-        self.module = _Restack(traced, stack).transform()
-        _write_over(self.module)
+        self.module = traced
 
     def forward(self, images: Tensor) -> Tensor:
         """images [S, B, channels, height, width] -> logits [S, B, C]."""
@@ -270,6 +292,26 @@ class StackedModule(nn.Module):
         for layer in self.modules():
             if isinstance(layer, StackedDropout):
                 layer.probability, layer.generator = probabilities, generator
+
+    @torch.no_grad()
+    def keep(self, rows: Tensor) -> None:
+        """Drop the models that are not in ``rows``. Parameters become other tensors."""
+        count = len(rows)
+        for layer in self.modules():
+            for name, tensor in [*layer._parameters.items(), *layer._buffers.items()]:
+                if tensor is not None and tensor.is_floating_point():
+                    kept = tensor.view(self.stack, -1, *tensor.shape[1:])[rows].flatten(0, 1)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    setattr(layer, name, nn.Parameter(kept) if is_parameter else kept)
+            if isinstance(layer, StackedConv2d):
+                layer.groups = layer.groups // self.stack * count
+            elif isinstance(layer, nn.BatchNorm2d):
+                layer.num_features = layer.num_features // self.stack * count
+            elif isinstance(layer, StackedDropout):
+                layer.probability = layer.probability[rows]
+            if isinstance(layer, _COUNTING):
+                layer.stack = count
+        self.stack = count
 
     def stacked_state(self) -> State:
         """Views of every float state tensor as [S, d0, ...], by the plain module's names."""

@@ -271,10 +271,9 @@ def train_stack(
         keep = [row for row in range(len(alive)) if not ended[row]]
         alive = [alive[row] for row in keep]
         if alive:
-            optimizer.keep(torch.tensor(keep, device=device))
-            stack = _make_stack(
-                module, [states[i] for i in alive], [rows[i] for i in alive], dropout, device
-            )
+            rows_kept = torch.tensor(keep, device=device)
+            optimizer.keep(rows_kept)
+            stack.keep(rows_kept)
             views = _parameter_views(stack)
     return TrainedStack([{n: t.cpu() for n, t in state.items()} for state in states], diverged_at)
 
