@@ -160,6 +160,21 @@ def test_kernels_and_rewriting_change_no_bit(
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_writing_over_keeps_the_layout(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = build("resnet18", width=1 / 32, stem="small", image_channels=1, classes=10, size=8)
+    x = torch.randn(MODELS, IMAGES, 1, 4 * size, 4 * size)
+    results = []
+    for changed in (True, False):
+        if not changed:
+            monkeypatch.setattr(stacked, "_write_over", lambda module: None)
+        stack = StackedModule(module, MODELS)
+        stack.load([module.state_dict()] * MODELS)
+        y = stack(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(stack.parameters()))])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_what_is_read_twice_is_not_written_over() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -176,8 +191,8 @@ def test_what_is_read_twice_is_not_written_over() -> None:
     stack, x = stack_of(modules), images()
     alone = torch.stack([module(batch) for module, batch in zip(modules, x, strict=True)])
     torch.testing.assert_close(stack(x), alone)
-    over = [layer for layer in stack.modules() if isinstance(layer, nn.ReLU) and layer.inplace]
-    assert len(over) == 1  # the last one
+    over = [layer for layer in stack.modules() if isinstance(layer, stacked.WrittenOver)]
+    assert len(over) == 2  # the last addition and the last ReLU
 
 
 def test_what_cannot_be_stacked_is_named() -> None:

@@ -145,6 +145,26 @@ class StackedMaxPool2d(nn.Module):
         return self.pool(F.relu(x)) if pooled.shape[2:] == (1, 1) else F.relu(pooled)
 
 
+class WrittenOver(nn.Module):
+    """A ReLU, or an addition, which writes its result over its (first) input.
+
+    Over one pixel it does not: there torch gives a new result another layout in memory, on which
+    the kernels that read it depend.
+    """
+
+    def __init__(self, layer: nn.ReLU | nn.ReLU6 | None = None) -> None:
+        super().__init__()
+        self.layer = copy.copy(layer)
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        """Maps of one shape -> the same."""
+        over = max(x.shape[2:]) > 1
+        if self.layer is None:
+            return x.add_(*others) if over else torch.add(x, *others)
+        self.layer.inplace = over
+        return cast(Tensor, self.layer(x))
+
+
 class StackedFlatten(nn.Module):
     """[B, S * channels, height, width] -> [S, B, channels * height * width]."""
 
@@ -220,16 +240,20 @@ def _write_over(module: fx.GraphModule) -> None:
     layers = dict(module.named_modules())
 
     def is_free(node: Any) -> bool:
-        made = isinstance(layers.get(str(node.target)), StackedConv2d | nn.BatchNorm2d)
-        return len(node.users) == 1 and (made or node.target in (operator.add, operator.iadd))
+        maker = layers.get(str(node.target))
+        made = isinstance(maker, StackedConv2d | nn.BatchNorm2d) or node.target is operator.add
+        return len(node.users) == 1 and (made or str(node.target) in additions)
 
+    additions = set()
     for node in module.graph.nodes:
-        if node.target is operator.add and is_free(node.args[0]):
-            node.target = operator.iadd
         layer = layers.get(str(node.target))
         if isinstance(layer, nn.ReLU | nn.ReLU6) and is_free(node.args[0]):
             node.target = f"{node.name}_over"
-            module.add_submodule(node.target, type(layer)(inplace=True))
+            module.add_submodule(node.target, WrittenOver(layer))
+        elif node.target is operator.add and is_free(node.args[0]):
+            node.op, node.target = "call_module", f"{node.name}_over"
+            module.add_submodule(node.target, WrittenOver())
+            additions.add(node.target)
 
 
 def _stacked_layer(layer: nn.Module, stack: int, name: str) -> nn.Module:
