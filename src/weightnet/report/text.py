@@ -466,7 +466,7 @@ def _interpretation(evidence: Evidence) -> str:
         rows.append([*cells, *(with_interval(*found[model]) for model in others)])
         if not found["randomized"][2] < SAME_MAP:
             same.append(property_name(name).title)
-        if "retrained" in found and found["retrained"][1] > found["randomized"][2]:
+        if "retrained" in found and found["retrained"][1] > max(0, found["randomized"][2]):
             repeated.append(property_name(name).title)
     names = {
         "retrained": "rank correlation with another seed's map",
@@ -481,12 +481,12 @@ def _interpretation(evidence: Evidence) -> str:
     )
     if "retrained" in others:
         said += (
-            f" Another seed's map is nearer than the randomized one for "
-            f"{enumerate_words(repeated)}; read the others as the maps of one model, not as facts "
-            "about networks."
+            " Another seed's map correlates with the trained one, and more than the randomized "
+            f"one, for {enumerate_words(repeated)}; read the others as the maps of one model, "
+            "not as facts about networks."
             if repeated
-            else " Another seed's map is no nearer than the randomized one: read these maps as "
-            "those of one model, not as facts about networks."
+            else " Another seed's map correlates with the trained one no more than the randomized "
+            "one: read these maps as those of one model, not as facts about networks."
         )
     lines = [
         "## Where the prediction comes from",
