@@ -79,6 +79,23 @@ def test_missing_values_leave_gaps(results: Results, tmp_path: Path) -> None:
         figures.save(figure, tmp_path / "figure.png")
 
 
+def test_a_network_far_beyond_the_others_does_not_hide_them(results: Results) -> None:
+    predictions = results.predictions
+    mine = (predictions["predictor"] == "weightnet") & (predictions["split"] == "iid")
+    run = predictions.loc[mine, "run"].iloc[0]
+    loss = predictions["property"] == "test_loss"
+    far = predictions.assign(
+        measured=predictions["measured"].where(~(loss & (predictions["run"] == run)), 1e6)
+    )
+    figure = figures.predicted_against_measured(
+        far, results.networks, predictor="weightnet", split="iid"
+    )
+    (axes,) = (axes for axes in figure.axes if "test loss" in axes.get_xlabel())
+    assert axes.get_xlim()[1] < 1e6 / 2
+    assert [text.get_text() for text in axes.texts] == ["1 beyond, at the edge"]
+    assert all(not other.texts for other in figure.axes if other is not axes)
+
+
 def test_the_users_style_has_no_influence(results: Results, tmp_path: Path) -> None:
     figures.save(DRAW["tau"](results), tmp_path / "plain.png")
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "savefig.dpi": 20}):

@@ -41,6 +41,7 @@ from weightnet.report.names import (
 from weightnet.report.tables import bounds, number
 
 Floats = NDArray[np.float64]
+FAR = 8
 
 
 @styled
@@ -199,8 +200,9 @@ def predicted_against_measured(
     """Draw each test network once per property: measured across, predicted up, 90% interval as a
     line.
 
-    A network that several seeds test is shown as its first seed predicts it. Titles give the tau
-    of ``scores`` (averaged over seeds) where it is given.
+    A network that several seeds test is shown as its first seed predicts it. One far beyond the
+    others is drawn at the edge. Titles give the tau of ``scores`` (averaged over seeds) where it
+    is given.
 
     Args:
         predictions: predictor, split, seed, run, property, measured, predicted, low, high (and
@@ -223,17 +225,23 @@ def predicted_against_measured(
     for axes, name in zip(panels, names, strict=False):
         own = rows[rows["property"] == name]
         both = own[["measured", "predicted"]].to_numpy(dtype=np.float64)
-        ends = np.array([both.min(), both.max()])
-        ends = ends + np.array([-1, 1]) * 0.04 * max(float(np.ptp(ends)), 1e-6)
+        ends = _ends(both)
+        beyond = int(((both < ends[0]) | (both > ends[1])).any(axis=1).sum())
+        if beyond:
+            axes.text(
+                0.97, 0.03, f"{beyond} beyond, at the edge", ha="right", transform=axes.transAxes
+            )
         axes.plot(ends, ends, color=BLACK, linewidth=0.9, linestyle="--", zorder=1)
         low = np.clip(own["low"].to_numpy(dtype=np.float64), *ends)
         high = np.clip(own["high"].to_numpy(dtype=np.float64), *ends)
-        axes.vlines(own["measured"], low, high, color=GREY, alpha=0.15, linewidth=0.7, zorder=2)
+        axes.vlines(
+            own["measured"].clip(*ends), low, high, color=GREY, alpha=0.15, linewidth=0.7, zorder=2
+        )
         for family, part in own.groupby("family"):
             colour, marker, _ = look[str(family)]
             axes.scatter(
-                part["measured"],
-                part["predicted"],
+                part["measured"].clip(*ends),
+                part["predicted"].clip(*ends),
                 s=13,
                 marker=marker,
                 zorder=3,
@@ -260,6 +268,16 @@ def predicted_against_measured(
     corner.legend(handles=handles, loc="center", title="families", ncols=1 + (len(handles) > 9))
     figure.suptitle(title)
     return figure
+
+
+def _ends(values: Floats) -> Floats:
+    """Ends of an axis that shows all values, but for those over FAR quartile ranges away."""
+    first, third = np.quantile(values, [0.25, 0.75])
+    reach = np.array([first, third]) + np.array([-FAR, FAR]) * (third - first)
+    ends = np.array([values.min(), values.max()])
+    if third > first:
+        ends = np.clip(ends, *reach)
+    return ends + np.array([-1, 1]) * 0.04 * max(float(np.ptp(ends)), 1e-6)
 
 
 @styled
