@@ -541,14 +541,13 @@ def _ablations(evidence: Evidence) -> str:
             f"Each row trains one predictor with changed parameters ({split_name(str(split))}, "
             f"{int(own['n'].max())} test networks, hash `{own['hash'].iloc[0]}`) and compares it "
             "with the same predictor unchanged, by paired resamples of the same runs.",
+            *_moved(evidence, own),
             markdown(rows, header, left=4),
         ]
-        if moved := _moved(evidence, own):
-            lines.insert(-1, moved)
     return "\n\n".join([*lines, *_shown(evidence, ["ablations"])])
 
 
-def _moved(evidence: Evidence, ablations: pd.DataFrame) -> str:
+def _moved(evidence: Evidence, ablations: pd.DataFrame) -> list[str]:
     """What unchanged predictors had when the ablations ran, if the tables now say otherwise."""
     then = where(ablations, ablation="base", property=HEADLINE).set_index("predictor")
     now = where(evidence.scores, property=HEADLINE, subset="all", metric="tau").set_index(
@@ -561,12 +560,12 @@ def _moved(evidence: Evidence, ablations: pd.DataFrame) -> str:
         if (name, split) in now.index and abs(now[name, split] - then.at[name, "value"]) > 1e-3
     ]
     if not changed:
-        return ""
-    return (
+        return []
+    return [
         "The ablations and what they are compared with are of an earlier training of the same "
         "recipes. Another kind of processor rounds otherwise, and training enlarges that. "
         f"Unchanged, {'; '.join(changed)}."
-    )
+    ]
 
 
 def _predictors(evidence: Evidence) -> str:

@@ -41,7 +41,7 @@ from weightnet.report.names import (
 from weightnet.report.tables import bounds, number
 
 Floats = NDArray[np.float64]
-FAR = 8
+FAR = 8  # quartile ranges: what lies farther out is drawn at the edge
 
 
 @styled
@@ -232,16 +232,14 @@ def predicted_against_measured(
                 0.97, 0.03, f"{beyond} beyond, at the edge", ha="right", transform=axes.transAxes
             )
         axes.plot(ends, ends, color=BLACK, linewidth=0.9, linestyle="--", zorder=1)
-        low = np.clip(own["low"].to_numpy(dtype=np.float64), *ends)
-        high = np.clip(own["high"].to_numpy(dtype=np.float64), *ends)
-        axes.vlines(
-            own["measured"].clip(*ends), low, high, color=GREY, alpha=0.15, linewidth=0.7, zorder=2
-        )
+        own = own.assign(**own[["measured", "predicted", "low", "high"]].clip(*ends))
+        lines = (own["measured"], own["low"], own["high"])
+        axes.vlines(*lines, color=GREY, alpha=0.15, linewidth=0.7, zorder=2)
         for family, part in own.groupby("family"):
             colour, marker, _ = look[str(family)]
             axes.scatter(
-                part["measured"].clip(*ends),
-                part["predicted"].clip(*ends),
+                part["measured"],
+                part["predicted"],
                 s=13,
                 marker=marker,
                 zorder=3,
