@@ -72,6 +72,8 @@ ABLATIONS: tuple[Ablation, ...] = (
     Ablation("no-intra-layer", "parts", (f"{_W}.intra_layer=false",)),
     Ablation("no-cross-layer", "parts", (f"{_W}.cross_layer=false",)),
     Ablation("no-messages", "parts", (f"{_W}.messages=false",)),
+    Ablation("no-fields", "parts", (f"{_W}.fields=false",)),
+    Ablation("no-spectra", "parts", (f"{_W}.spectra=false",)),
     Ablation("no-statistics", "parts", (f"{_W}.statistics=false",)),
     Ablation("no-trees", "parts", (f"{_W}.trees=0",)),
     Ablation("no-embeddings", "parts", (f"{_W}.embeddings=false",)),
@@ -82,7 +84,7 @@ ABLATIONS: tuple[Ablation, ...] = (
             "tokens",
             (
                 f"{_W}.tokens={tokens}",
-                *(f"{_W}.{part}=false" for part in ("messages", "statistics")),
+                *(f"{_W}.{part}=false" for part in ("messages", "fields", "statistics")),
                 f"{_W}.trees=0",
             ),
         )

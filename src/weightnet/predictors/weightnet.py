@@ -1,12 +1,13 @@
 """WeightNet: attention over a network's neurons and layers, one head per property.
 
 A network is a set of layers, a layer a set of neurons (tokens), each with statistics of its
-weights and the messages that reach it along the network's weights, forward and backward
-(`messages`: no parameters to overfit on some hundred networks). Each block lets the neurons of a
-layer exchange information through a few induced points (Set Transformer, Lee et al. 2019,
-https://arxiv.org/abs/1810.00825), at a cost linear in the layer's width, and then lets the layers'
-summaries attend to each other. Each property reads the layers by an attention of its own, whose
-weights say which layers carry the prediction, beside statistics of the whole network.
+weights and what reaches it along the network's weights (no parameters to overfit on some hundred
+networks): moments of noise forward and of gradients backward (`messages`), and random `fields`,
+which tell how neurons vary together. Each block lets the neurons of a layer exchange information
+through a few induced points (Set Transformer, Lee et al. 2019, https://arxiv.org/abs/1810.00825),
+at a cost linear in the layer's width, and then lets the layers' summaries attend to each other.
+Each property reads the layers by an attention of its own, whose weights say which layers carry the
+prediction, beside statistics of the whole network.
 
 Invariance: tokens carry no position inside their layer, and every operation on them is pointwise
 or a sum over a set, so reordering hidden neurons changes nothing but the order of floating-point
@@ -50,7 +51,9 @@ from weightnet.tokens import (
     message_statistics,
     response_features,
     response_statistics,
+    spectral_statistics,
     token_features,
+    token_fields,
     token_messages,
     token_rows,
 )
@@ -84,6 +87,10 @@ class WeightNetConfig(Params):
         tokens: what a token says of its neuron's weights: their ``statistics``, or the ``raw``
             values (the first 64 of the incoming row, in the order of the canonical form).
         messages: whether tokens carry messages along the network's weights (`token_messages`).
+        fields: whether tokens and statistics carry what random fields become that are sent along
+            the weights (`token_fields`).
+        spectra: whether the statistics hold those of the layers' singular values
+            (`spectral_statistics`).
         embeddings: whether tokens carry embeddings of layer kind and activation.
         statistics: whether the heads also read statistics of the whole network.
         trees: sets of boosted trees on the same statistics whose average makes up half of the
@@ -103,6 +110,8 @@ class WeightNetConfig(Params):
     cross_layer: bool = True
     tokens: Literal["statistics", "raw"] = "statistics"
     messages: bool = True
+    fields: bool = True
+    spectra: bool = True
     embeddings: bool = True
     statistics: bool = True
     trees: int = Field(default=4, ge=0)
@@ -418,12 +427,25 @@ class TokenReader:
         whole = weight_features(networks)
         columns: list[str] = list(whole.names)
         statistics = [whole.values]
+        if self.config.spectra:
+            spectrum, singular = spectral_statistics(networks)
+            columns += spectrum
+            statistics.append(singular)
         messages = None
         if self.config.messages:
             messages = token_messages(networks)
             names += TOKEN_MESSAGES
             told, table = _by_networks(message_statistics, messages, features)
             columns += told
+            statistics.append(table.astype(np.float64))
+        passed = None
+        if self.config.fields:
+            passed = token_fields(networks)
+            names += response_features(passed[:1], "field")[0]
+            found, table = response_statistics(
+                passed, features.layer_offsets, features.layer_starts, "fields"
+            )
+            columns += found
             statistics.append(table.astype(np.float64))
         if self.responses:
             if features.responses is None:
@@ -444,6 +466,8 @@ class TokenReader:
             parts = [np.arcsinh(own.values[rows] * np.float32(scale)) for scale in _SCALES]
             if messages is not None:
                 parts.append(messages[rows])
+            if passed is not None:
+                parts.append(response_features(passed[rows], "field")[1])
             if self.responses and features.responses is not None:
                 parts.append(response_features(features.responses[rows])[1])
             np.concatenate(parts, axis=1, out=values[rows])

@@ -15,7 +15,7 @@ through the network; permuting hidden channels permutes messages and changes non
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +46,7 @@ _STEP = 1e-3
 _ROUNDING = 1e-10  # variance that rounding alone may give: no spread
 
 Activation = Callable[[Doubles], Doubles]
-_ACTIVATIONS: dict[str, Activation] = {
+ACTIVATION_FUNCTIONS: dict[str, Activation] = {
     "identity": lambda x: x,
     "relu": lambda x: np.maximum(x, 0),
     "relu6": lambda x: np.clip(x, 0, 6),
@@ -206,7 +206,7 @@ def _activate(mean: Doubles, variance: Doubles, activation: str) -> _Moments:
     """Moments behind an activation, by Gauss-Hermite quadrature."""
     mean, variance = np.clip(mean, -LIMIT, LIMIT), np.clip(variance, 0, LIMIT**2)
     spread = np.sqrt(variance)
-    function = _ACTIVATIONS.get(activation, _ACTIVATIONS["relu"])
+    function = ACTIVATION_FUNCTIONS.get(activation, ACTIVATION_FUNCTIONS["relu"])
     total = float(_WEIGHTS.sum())
     first, second = np.zeros_like(mean), np.zeros_like(mean)
     slope = np.zeros_like(mean)
@@ -224,6 +224,32 @@ def _activate(mean: Doubles, variance: Doubles, activation: str) -> _Moments:
     return _Moments(mean, variance, first, np.maximum(second - first**2, 0), slope, on)
 
 
+def normalization(
+    one: LayerLayout, scalars: Mapping[str, NDArray[np.floating]]
+) -> tuple[Doubles, Doubles]:
+    """What a layer's bias and normalization do to its weighted sums: times ``gain``, plus
+    ``offset``, [n, outputs] each.
+
+    Args:
+        scalars: bias, scale, shift, mean and variance of all tokens, [n, tokens] each.
+    """
+    layer = one.layer
+    here = {name: values[:, one.tokens].astype(np.float64) for name, values in scalars.items()}
+    gain, offset = np.ones_like(here["bias"]), np.zeros_like(here["bias"])
+    if layer.bias is not None:
+        offset = offset + here["bias"]
+    if layer.mean is not None:
+        offset = offset - here["mean"]
+    if layer.variance is not None:
+        gain = gain / np.sqrt(np.maximum(here["variance"], 0) + EPSILON)
+    if layer.scale is not None:
+        gain = gain * here["scale"]
+    offset = offset * gain
+    if layer.shift is not None:
+        offset = offset + here["shift"]
+    return gain, offset
+
+
 def _wires(stack: Stack) -> Iterator[_Wires]:
     scalars = {
         name: finite(stack.scalar(name)).astype(np.float64)
@@ -231,20 +257,7 @@ def _wires(stack: Stack) -> Iterator[_Wires]:
     }
     n = len(stack)
     for one in stack.layout.layers:
-        layer = one.layer
-        gain, offset = np.ones((n, one.outputs)), np.zeros((n, one.outputs))
-        here = {name: values[:, one.tokens] for name, values in scalars.items()}
-        if layer.bias is not None:
-            offset = offset + here["bias"]
-        if layer.mean is not None:
-            offset = offset - here["mean"]
-        if layer.variance is not None:
-            gain = gain / np.sqrt(np.maximum(here["variance"], 0) + EPSILON)
-        if layer.scale is not None:
-            gain = gain * here["scale"]
-        offset = offset * gain
-        if layer.shift is not None:
-            offset = offset + here["shift"]
+        gain, offset = normalization(one, scalars)
         sources = one.sources.reshape(one.groups, -1)
         if one.fan_in:
             sums, squares = _reduce(finite(stack.weight(one)), one)

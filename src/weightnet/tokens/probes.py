@@ -161,8 +161,9 @@ def _recorder(layer: Layer, into: list[Tensor]) -> Callable[[nn.Module, object, 
     return record
 
 
-def response_features(responses: Floats) -> tuple[list[str], Floats]:
-    """What a neuron's answers [L, VIEWS * count] amount to: names, values [L, K].
+def response_features(responses: Floats, name: str = "response") -> tuple[list[str], Floats]:
+    """What a neuron's answers [L, VIEWS * count] amount to: names, which begin with ``name``, and
+    values [L, K].
 
     Mean, spread and sign of the answers to the clean inputs, how much noise moves them, and the
     first `RAW` answers themselves, in units of the spread.
@@ -173,24 +174,24 @@ def response_features(responses: Floats) -> tuple[list[str], Floats]:
     unit = spread + TINY
     centered = clean - mean[:, None]
     columns = {
-        "response_mean": mean,
-        "response_log_spread": np.log(unit),
-        "response_mean_units": np.clip(mean / unit, -20, 20),
-        "response_positive": (clean > 0).mean(axis=1),
-        "response_skew": np.clip((centered**3).mean(axis=1) / unit**3, -10, 10),
+        f"{name}_mean": mean,
+        f"{name}_log_spread": np.log(unit),
+        f"{name}_mean_units": np.clip(mean / unit, -20, 20),
+        f"{name}_positive": (clean > 0).mean(axis=1),
+        f"{name}_skew": np.clip((centered**3).mean(axis=1) / unit**3, -10, 10),
     }
     for level, view in zip(NOISE, views.swapaxes(0, 1)[1:], strict=True):
         moved = np.sqrt(((view - clean) ** 2).mean(axis=1)) / unit
-        columns[f"response_moved_{level:g}"] = np.log(np.clip(moved, TINY, 1 / TINY))
+        columns[f"{name}_moved_{level:g}"] = np.log(np.clip(moved, TINY, 1 / TINY))
     for index in range(min(RAW, clean.shape[1])):
-        columns[f"response_{index}"] = np.clip(centered[:, index] / unit, -10, 10)
+        columns[f"{name}_{index}"] = np.clip(centered[:, index] / unit, -10, 10)
     return list(columns), np.stack(list(columns.values()), axis=1).astype(np.float32)
 
 
 def response_statistics(
-    responses: Floats, layer_offsets: Longs, layer_starts: Longs
+    responses: Floats, layer_offsets: Longs, layer_starts: Longs, name: str = "probe"
 ) -> tuple[list[str], Floats]:
-    """How networks as a whole answer: names, values [B, S].
+    """How networks as a whole answer: names, which begin with ``name``, and values [B, S].
 
     Of the outputs: confidence, entropy, margins, classes chosen, dimension, and how noise changes
     them. Of the hidden layers (first, middle, last, mean): dimension of the answers, share of
@@ -217,7 +218,7 @@ def response_statistics(
         rows.append(row)
     names = list(rows[0]) if rows else []
     values = np.array([[row[name] for name in names] for row in rows], dtype=np.float32)
-    return [f"probe_{name}" for name in names], values.reshape(len(rows), len(names))
+    return [f"{name}_{column}" for column in names], values.reshape(len(rows), len(names))
 
 
 _LAYER = (
