@@ -34,8 +34,8 @@ PREDICTORS: dict[str, Entry] = {
         "ours",
         "weightnet.predictors.weightnet",
         "WeightNetConfig",
-        "attention over neuron tokens and what noise and random fields become along the weights, "
-        "averaged with LightGBM on the same statistics",
+        "attention over neuron tokens, which tell what noise and random fields become along the "
+        "weights (the network itself is not run), averaged with LightGBM on the same statistics",
     ),
     "weightnet_probe": Entry(
         "ours",
