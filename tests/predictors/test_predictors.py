@@ -160,5 +160,5 @@ def test_unfitted_and_absent_predictors(parts: Parts, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must hold a saved predictor"):
         Predictor.load(tmp_path)
     (tmp_path / "predictor.json").write_text('{"format": 0}')
-    with pytest.raises(ValueError, match=r"must have format 2.*format=0"):
+    with pytest.raises(ValueError, match=r"must have format 1.*format=0"):
         Predictor.load(tmp_path)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Log = Callable[[dict[str, float], int], None]
 """Called with metrics by name and a step: the epoch, or the candidate of a search."""
 
-FORMAT = 2
+FORMAT = 1
 _LIMIT = 6.0  # training targets are limited to this many standard deviations
 _SPREAD = 1e-6  # least spread, in standard deviations of the property
 

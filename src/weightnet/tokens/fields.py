@@ -14,6 +14,8 @@ permutes fields and changes none.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -78,6 +80,7 @@ def _stack_fields(stack: Stack) -> Floats:
     return out
 
 
+@functools.lru_cache(maxsize=16)
 def _inputs(channels: int) -> Doubles:
     """The fields [channels, positions, COLUMNS] that enter."""
     drawn = ProbesConfig(count=FIELDS).inputs((channels, SIDE, SIDE)).double().numpy()
