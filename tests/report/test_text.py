@@ -177,4 +177,4 @@ def test_ablations_of_an_earlier_training_are_told(evidence: Evidence) -> None:
     now = scores.loc[("weightnet", "iid", "test_accuracy", "all", "tau"), "value"]
     same = dataclasses.replace(evidence, ablations=table.assign(value=float(now)))
     assert told not in write_report(same)
-    assert "earlier training" not in write_report(same)
+    assert "earlier run" not in write_report(same)

@@ -55,6 +55,60 @@ def test_backward_messages_are_squared_gradients() -> None:
     np.testing.assert_allclose(np.exp(2 * gradient[:12]), outgoing * on, rtol=1e-4)
 
 
+class Dense(nn.Module):
+    """Norms that stand alone, before a concatenation and behind it."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.flatten, self.activation = nn.Flatten(), activation
+        self.stem, self.hidden, self.head = nn.Linear(16, 12), nn.Linear(12, 8), nn.Linear(20, 3)
+        self.one, self.other = nn.BatchNorm1d(12), nn.BatchNorm1d(20)
+        for norm in (self.one, self.other):
+            for values in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                assert values is not None
+                nn.init.uniform_(values, 0.5, 1.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(self.flatten(x))
+        x = torch.cat([x, self.hidden(self.activation(self.one(x)))], dim=1)
+        return self.head(self.activation(self.other(x)))
+
+
+def test_a_norm_changes_its_channels_for_those_alone_who_read_it() -> None:
+    module = Dense(nn.ReLU()).eval()
+    _, found = messages(module, module.state_dict())
+    noise = torch.randn(200_000, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = module.stem(noise.flatten(1))
+        both = torch.cat([before, module.hidden(module.one(before).relu())], dim=1)
+        behind = module.other(both)[:, :12]
+    mean, spread = (
+        found[32:44, TOKEN_MESSAGES.index(f"white_{n}")] for n in ("mean", "log_spread")
+    )
+    np.testing.assert_allclose(np.sinh(mean), behind.mean(dim=0).numpy(), atol=0.02)
+    np.testing.assert_allclose(np.exp(spread), behind.std(dim=0).numpy(), rtol=0.02)
+
+
+def test_gradients_pass_norms_by_every_way() -> None:
+    module = Dense(nn.Identity()).eval()
+    _, found = messages(module, module.state_dict())
+    found = np.exp(2 * found[:, TOKEN_MESSAGES.index("white_gradient")])
+    with torch.no_grad():
+        gains = [
+            (norm.weight / (norm.running_var + norm.eps).sqrt()) ** 2
+            for norm in (module.one, module.other)
+        ]
+        behind = (module.head.weight**2).sum(dim=0)
+        concatenated = behind * gains[1]
+        first = (module.hidden.weight**2 * concatenated[12:, None]).sum(dim=0)
+        stem = concatenated[:12] + first * gains[0]
+    np.testing.assert_allclose(found[32:52], behind.numpy(), rtol=1e-4)
+    np.testing.assert_allclose(found[24:32], concatenated[12:].numpy(), rtol=1e-4)
+    np.testing.assert_allclose(found[12:24], first.numpy(), rtol=1e-4)
+    np.testing.assert_allclose(found[:12], stem.numpy(), rtol=1e-4)
+
+
 def test_a_permuted_network_has_permuted_messages() -> None:
     from weightnet.zoo.architectures import build
 

@@ -562,9 +562,10 @@ def _moved(evidence: Evidence, ablations: pd.DataFrame) -> list[str]:
     if not changed:
         return []
     return [
-        "The ablations and what they are compared with are of an earlier training of the same "
-        "recipes. Another kind of processor rounds otherwise, and training enlarges that. "
-        f"Unchanged, {'; '.join(changed)}."
+        "The ablations and what they are compared with are of an earlier run: of the predictors "
+        "as they were then, or of another training of the same recipes (another kind of processor "
+        "rounds otherwise, and training enlarges that). Unchanged, "
+        f"{'; '.join(changed)}."
     ]
 
 

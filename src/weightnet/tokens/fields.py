@@ -35,8 +35,12 @@ _STACK = 1 << 15  # weights of networks looked at together: fields are larger
 
 
 def token_fields(networks: Networks) -> Floats:
-    """The fields at each token before its activation, averaged over the torus, ordered by network,
-    layer, index: float32 [L, COLUMNS], laid out as probe responses."""
+    """The fields at each token before its activation, averaged over one half of the torus, ordered
+    by network, layer, index: float32 [L, COLUMNS], laid out as probe responses.
+
+    Over all of it many fields have mean 0, to which a first convolution would answer with its bias
+    and rounding.
+    """
     plans = networks.layouts()
     offsets = np.concatenate([[0], np.cumsum([plan.tokens for plan in plans])]).astype(np.int64)
     out: Floats = scratch_zeros((int(offsets[-1]), COLUMNS), np.float32)
@@ -48,11 +52,18 @@ def token_fields(networks: Networks) -> Floats:
 
 
 def _stack_fields(stack: Stack) -> Floats:
-    """[n, tokens, COLUMNS]; layers that share channels (residuals) add up."""
+    """[n, tokens, COLUMNS]; layers that share channels (residuals) add up.
+
+    A norm that stands alone writes the channels that it reads: what is behind it is ``shown`` to
+    the layers that follow, and what is before it stays for other norms to read (pre-activation,
+    concatenations).
+    """
     plan, n = stack.layout, len(stack)
     fields = np.zeros((n, len(plan.channel_space), SIDE**2, COLUMNS))
     inputs = plan.channel_space == -1
     fields[:, inputs] = _inputs(int(inputs.sum()))
+    norms = any(one.layer.kind == "norm" for one in plan.layers)
+    shown = fields.copy() if norms else fields
     spread = np.zeros(len(plan.channel_space), bool)  # over positions: written by convolutions
     scalars = {
         name: finite(stack.scalar(name)).astype(np.float64)
@@ -60,7 +71,8 @@ def _stack_fields(stack: Stack) -> Floats:
     }
     out = np.empty((n, plan.tokens, COLUMNS), np.float32)
     for one in plan.layers:
-        z = _layer(stack, one, fields, spread)
+        kind = one.layer.kind
+        z = fields[:, one.sources] if kind == "norm" else _layer(stack, one, shown, spread)
         if one.layer.variance is not None:
             clean = z[..., :FIELDS]
             scalars["mean"][:, one.tokens] = clean.mean(axis=(2, 3))
@@ -71,12 +83,16 @@ def _stack_fields(stack: Stack) -> Floats:
         z *= gain[:, :, None, None]
         z += offset[:, :, None, None]
         z = np.clip(np.nan_to_num(z, copy=False), -_LIMIT, _LIMIT, out=z)
-        out[:, one.tokens] = z.mean(axis=2)
+        out[:, one.tokens] = z[:, :, : SIDE**2 // 2].mean(axis=2)
         channels = plan.channel[one.tokens]
         activation = ACTIVATION_FUNCTIONS.get(one.layer.activation, ACTIVATION_FUNCTIONS["relu"])
+        if kind == "norm":
+            shown[:, channels] = activation(z)
+            continue
         fields[:, channels] += activation(z)
-        kind = one.layer.kind
-        spread[channels] = kind == "conv" or (kind == "norm" and spread[one.sources].any())
+        if norms:
+            shown[:, channels] = fields[:, channels]
+        spread[channels] = kind == "conv"
     return out
 
 
@@ -91,8 +107,6 @@ def _layer(stack: Stack, one: LayerLayout, fields: Doubles, spread: NDArray[np.b
     """What the layer's weights make of ``fields`` [n, channels, positions, COLUMNS]: [n, outputs,
     positions, COLUMNS]."""
     n = len(stack)
-    if not one.fan_in:  # a norm that stands alone passes each channel on
-        return fields[:, one.sources]
     per_group = one.outputs // one.groups
     weight = (
         finite(stack.weight(one)).astype(np.float64).reshape(n, one.groups, per_group, one.fan_in)

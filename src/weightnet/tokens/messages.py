@@ -163,19 +163,30 @@ def _stack_messages(stack: Stack) -> Doubles:
 
 
 def _forward(plan: Layout, wires: list[_Wires], pulse: str, n: int) -> list[_Moments]:
-    """Means and variances layer by layer; layers that share channels (residuals) add up."""
+    """Means and variances layer by layer; layers that share channels (residuals) add up.
+
+    A norm that stands alone writes the channels that it reads: what is behind it is ``shown`` to
+    the layers that follow, and what is before it stays for other norms to read (pre-activation,
+    concatenations).
+    """
     count = len(plan.channel_space)
-    mean, variance = np.zeros((n, count)), np.zeros((n, count))
-    variance[:, plan.channel_space == -1] = 1
+    state = np.zeros((2, n, count))  # mean and variance
+    state[1][:, plan.channel_space == -1] = 1
+    shown = state.copy()
     passed = []
     for one, wire in zip(plan.layers, wires, strict=True):
+        norm = one.layer.kind == "norm"
+        mean, variance = (state if norm else shown)[..., wire.sources]
         squares = wire.squares if pulse == "white" else wire.sums**2
-        z = np.einsum("ngoc,ngc->ngo", wire.sums, mean[:, wire.sources]).reshape(n, -1)
-        v = np.einsum("ngoc,ngc->ngo", squares, variance[:, wire.sources]).reshape(n, -1)
+        z = np.einsum("ngoc,ngc->ngo", wire.sums, mean).reshape(n, -1)
+        v = np.einsum("ngoc,ngc->ngo", squares, variance).reshape(n, -1)
         moments = _activate(z * wire.gain + wire.offset, v * wire.gain**2, one.layer.activation)
         channels = plan.channel[one.tokens]
-        mean[:, channels] += moments.passed_mean
-        variance[:, channels] += moments.passed_variance
+        behind = np.stack([moments.passed_mean, moments.passed_variance])
+        if not norm:
+            state[..., channels] += behind
+            behind = state[..., channels]
+        shown[..., channels] = behind
         passed.append(moments)
     return passed
 
@@ -185,20 +196,25 @@ def _backward(
 ) -> Doubles:
     """The expected squared gradient of the outputs (each of variance 1) at each token: [n,
     tokens]."""
-    gradient = np.zeros((n, len(plan.channel_space)))
+    gradient, shown = (np.zeros((n, len(plan.channel_space))) for _ in range(2))
     out = np.zeros((n, plan.tokens))
     last = len(plan.layers) - 1
     for index in range(last, -1, -1):
         one, wire, moments = plan.layers[index], wires[index], passed[index]
-        here = (
-            np.ones((n, one.outputs)) if index == last else gradient[:, plan.channel[one.tokens]]
-        )
+        norm, channels = one.layer.kind == "norm", plan.channel[one.tokens]
+        if index == last:
+            here = np.ones((n, one.outputs))
+        else:
+            here = shown[:, channels] + (0 if norm else gradient[:, channels])
+        if norm:
+            shown[:, channels] = 0  # what is before it is read by norms alone, or anew
         here = here * moments.slope
         out[:, one.tokens] = here
         squares = wire.squares if pulse == "white" else wire.sums**2
         back = (here * wire.gain**2).reshape(n, squares.shape[1], -1)
         sent = np.einsum("ngoc,ngo->ngc", squares, back)
-        np.add.at(gradient.T, wire.sources.reshape(-1), sent.reshape(n, -1).T)
+        to = gradient if norm else shown
+        np.add.at(to.T, wire.sources.reshape(-1), sent.reshape(n, -1).T)
     return out
 
 
