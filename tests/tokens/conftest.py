@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
+from weightnet.symmetry import permute, random_permutation, trace
 from weightnet.symmetry.spec import Axis, Layer, PermutationSpec, Segment, Space
 from weightnet.tokens import Networks, TokensConfig, layout
+from weightnet.zoo.architectures import build
 
 State = dict[str, torch.Tensor]
 
@@ -213,6 +217,21 @@ class Samples:
         return [
             (s.space or "-", i) for s in segments for i in range(s.size) for _ in range(s.repeat)
         ]
+
+
+@pytest.fixture(scope="session")
+def reordered() -> Callable[[str, int], tuple[nn.Module, State, State]]:
+    """Makes a small network of a family for images of some size: its module, its state, and the
+    same with its hidden channels in another order."""
+
+    def make(family: str, size: int) -> tuple[nn.Module, State, State]:
+        module = build(family, width=0.0625, stem="small", image_channels=1, size=size, classes=3)
+        state = module.state_dict()
+        spec = trace(module, torch.zeros(1, 1, size, size))
+        order = random_permutation(spec, torch.Generator().manual_seed(2))
+        return module, state, dict(permute(spec, order, state))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,15 @@
 """Random fields along the weights: against running such networks on a torus, and unchanged by
 permutation."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 
-from weightnet.symmetry import permute, random_permutation, trace
+from weightnet.symmetry import trace
 from weightnet.tokens import (
     Networks,
     ProbesConfig,
@@ -17,7 +19,6 @@ from weightnet.tokens import (
     token_fields,
 )
 from weightnet.tokens.fields import COLUMNS, FIELDS, SIDE
-from weightnet.zoo.architectures import build
 
 
 def fields(
@@ -120,11 +121,8 @@ def test_a_perceptron_reads_each_input_by_itself() -> None:
 
 
 @pytest.mark.parametrize("family", ["resnet18", "mobilenet_v2", "densenet121"])
-def test_a_permuted_network_has_permuted_fields(family: str) -> None:
-    module = build(family, width=0.0625, stem="small", image_channels=1, size=8, classes=3)
-    state = module.state_dict()
-    spec = trace(module, torch.zeros(1, 1, 8, 8))
-    moved = permute(spec, random_permutation(spec, torch.Generator().manual_seed(2)), state)
+def test_a_permuted_network_has_permuted_fields(family: str, reordered: Any) -> None:
+    module, state, moved = reordered(family, 8)
     networks, found = fields(module, state, moved, size=8)
     features = token_features(networks)
     half = features.token_offsets[1]

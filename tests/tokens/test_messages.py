@@ -1,11 +1,13 @@
 """Messages along the weights: against a direct simulation, and unchanged by permutation."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from weightnet.symmetry import permute, random_permutation, trace
+from weightnet.symmetry import trace
 from weightnet.tokens import (
     TOKEN_MESSAGES,
     Networks,
@@ -109,13 +111,8 @@ def test_gradients_pass_norms_by_every_way() -> None:
     np.testing.assert_allclose(found[:12], stem.numpy(), rtol=1e-4)
 
 
-def test_a_permuted_network_has_permuted_messages() -> None:
-    from weightnet.zoo.architectures import build
-
-    module = build("resnet18", width=0.0625, stem="small", image_channels=1, size=4, classes=3)
-    state = module.state_dict()
-    spec = trace(module, torch.zeros(1, 1, 4, 4))
-    moved = permute(spec, random_permutation(spec, torch.Generator().manual_seed(2)), state)
+def test_a_permuted_network_has_permuted_messages(reordered: Any) -> None:
+    module, state, moved = reordered("resnet18", 4)
     networks, found = messages(module, state, moved)
     features = token_features(networks)
     half = features.token_offsets[1]
