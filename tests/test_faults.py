@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from weightnet import command
+from weightnet import command, compute
 
 ROOT = Path(__file__).parents[1]
 specification = importlib.util.spec_from_file_location(
@@ -467,6 +469,20 @@ def test_a_stack_that_raises_does_not_take_its_neighbours_along(
     run("train_zoo")
     assert f"done 1 stacks; reused {len(stacks) - 1} stacks" in capsys.readouterr().out
     assert content("train_zoo") == expected
+
+
+def test_a_worker_killed_while_the_next_starts_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pool(ProcessPoolExecutor):
+        def _spawn_process(self) -> None:
+            for process in self._processes.values():
+                process.kill()
+                while not self._call_queue._reader.closed:
+                    time.sleep(0.01)
+            super()._spawn_process()
+
+    monkeypatch.setattr(compute, "ProcessPoolExecutor", Pool)
+    with pytest.raises(BrokenProcessPool), compute.worker_pool(2):
+        pass
 
 
 def test_a_killed_worker_is_told_from_a_fault_of_the_program(folder: Path) -> None:

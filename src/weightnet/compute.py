@@ -61,6 +61,9 @@ def worker_pool(jobs: int) -> Iterator[tuple[ProcessPoolExecutor, Queue[str]]]:
 
     They end with the block, at once if it fails, and with this process, even if it is killed.
     Ctrl-C, which a terminal sends to all processes, is left to this one.
+
+    Raises:
+        BrokenProcessPool: if one is killed, even while others are being started.
     """
     context = multiprocessing.get_context("spawn")
     notes: Queue[str] = context.Queue()
@@ -72,6 +75,9 @@ def worker_pool(jobs: int) -> Iterator[tuple[ProcessPoolExecutor, Queue[str]]]:
         try:
             for _ in range(jobs):
                 pool.submit(int)  # a process is started for each
+        except (OSError, ValueError):
+            pool.submit(int)  # refused if one was killed, which closed what the next is given
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield pool, notes
