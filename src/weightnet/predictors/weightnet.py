@@ -438,24 +438,20 @@ class TokenReader:
             told, table = _by_networks(message_statistics, messages, features)
             columns += told
             statistics.append(table.astype(np.float64))
-        passed = None
+        answers = []
         if self.config.fields:
-            passed = token_fields(networks)
-            names += response_features(passed[:1], "field")[0]
-            found, table = response_statistics(
-                passed, features.layer_offsets, features.layer_starts, "fields"
-            )
-            columns += found
-            statistics.append(table.astype(np.float64))
+            answers.append(("field", "fields", token_fields(networks)))
         if self.responses:
             if features.responses is None:
                 raise ValueError(
                     "tokens must carry probe responses, however: they carry none; set "
                     "tokenize_zoo.probes.count above 0 and run `dvc repro tokenize_zoo`"
                 )
-            names += response_features(features.responses[:1])[0]
+            answers.append(("response", "probe", features.responses))
+        for name, of_networks, responses in answers:
+            names += response_features(responses[:1], name)[0]
             found, table = response_statistics(
-                features.responses, features.layer_offsets, features.layer_starts
+                responses, features.layer_offsets, features.layer_starts, of_networks
             )
             columns += found
             statistics.append(table.astype(np.float64))
@@ -466,10 +462,7 @@ class TokenReader:
             parts = [np.arcsinh(own.values[rows] * np.float32(scale)) for scale in _SCALES]
             if messages is not None:
                 parts.append(messages[rows])
-            if passed is not None:
-                parts.append(response_features(passed[rows], "field")[1])
-            if self.responses and features.responses is not None:
-                parts.append(response_features(features.responses[rows])[1])
+            parts += [response_features(told[rows], name)[1] for name, _, told in answers]
             np.concatenate(parts, axis=1, out=values[rows])
         return (
             features,

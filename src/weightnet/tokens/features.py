@@ -132,7 +132,7 @@ class TokenFeatures:
 def token_features(networks: Networks) -> TokenFeatures:
     """Compute the features of every token; all networks of one spec at once."""
     plans = networks.layouts()
-    token_offsets = _offsets(np.array([plan.tokens for plan in plans], np.int64))
+    token_offsets = networks.token_offsets
     widths = [np.array([one.outputs for one in plan.layers], np.int64) for plan in plans]
     total = int(token_offsets[-1])
     values: Floats = scratch_zeros((total, len(FEATURES)), np.float32)
@@ -140,12 +140,10 @@ def token_features(networks: Networks) -> TokenFeatures:
     responses: Floats | None = None
     answered = 0
     for stack in networks.stacks(FEATURE_VALUES):
-        starts = token_offsets[stack.members]
-        where = (starts[:, None] + np.arange(stack.layout.tokens)).reshape(-1)
-        computed = _stack_features(stack)
-        values[where] = np.clip(computed, -LIMIT, LIMIT).reshape(len(where), -1)
-        codes[0, where] = np.repeat(stack.members, stack.layout.tokens)
-        codes[1:, where] = np.tile(_codes(stack.layout), len(stack))
+        where = stack.tokens
+        values[where] = np.clip(_stack_features(stack), -LIMIT, LIMIT)
+        codes[0, where] = stack.members[:, None]
+        codes[1:, where] = _codes(stack.layout)[:, None]
         found = stack.responses()
         if found is None:
             continue
@@ -154,7 +152,7 @@ def token_features(networks: Networks) -> TokenFeatures:
         if found.dtype != responses.dtype:
             responses = responses.astype(np.promote_types(found.dtype, responses.dtype))
         if found.shape[2] == responses.shape[1]:
-            responses[where] = found.reshape(len(where), -1)
+            responses[where] = found
             answered += len(stack)
     return TokenFeatures(
         names=FEATURES,
@@ -175,14 +173,12 @@ def token_features(networks: Networks) -> TokenFeatures:
 def token_rows(networks: Networks, size: int) -> Floats:
     """The first ``size`` weights of every token's incoming row, in the order in which the tokens
     store them, and zeros after a shorter row [L, size]."""
-    offsets = _offsets(np.array([plan.tokens for plan in networks.layouts()], np.int64))
-    rows = np.zeros((int(offsets[-1]), size), np.float32)
+    rows = np.zeros((int(networks.token_offsets[-1]), size), np.float32)
     for stack in networks.stacks():
-        starts = offsets[stack.members]
         for one in stack.layout.layers:
             if one.fan_in:
                 weight = finite(stack.weight(one)[..., :size])
-                where = starts[:, None] + np.arange(one.first, one.first + one.outputs)
+                where = stack.tokens[:, one.tokens]
                 rows[where, : weight.shape[-1]] = np.clip(weight, -LIMIT, LIMIT)
     return rows
 

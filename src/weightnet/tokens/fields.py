@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from weightnet.tokens.features import Doubles, finite, segments
 from weightnet.tokens.layout import LayerLayout
-from weightnet.tokens.messages import ACTIVATION_FUNCTIONS, normalization
+from weightnet.tokens.messages import ACTIVATION_FUNCTIONS, normalization, scalars
 from weightnet.tokens.networks import Networks, Stack
 from weightnet.tokens.probes import VIEWS, ProbesConfig
 from weightnet.tokens.scratch import scratch_zeros
@@ -41,13 +41,10 @@ def token_fields(networks: Networks) -> Floats:
     Over all of it many fields have mean 0, to which a first convolution would answer with its bias
     and rounding.
     """
-    plans = networks.layouts()
-    offsets = np.concatenate([[0], np.cumsum([plan.tokens for plan in plans])]).astype(np.int64)
-    out: Floats = scratch_zeros((int(offsets[-1]), COLUMNS), np.float32)
+    out: Floats = scratch_zeros((int(networks.token_offsets[-1]), COLUMNS), np.float32)
     for stack in networks.stacks(_STACK):
-        where = offsets[stack.members][:, None] + np.arange(stack.layout.tokens)
         with np.errstate(over="ignore", invalid="ignore"):
-            out[where.reshape(-1)] = _stack_fields(stack).reshape(-1, COLUMNS)
+            out[stack.tokens] = _stack_fields(stack)
     return out
 
 
@@ -65,21 +62,18 @@ def _stack_fields(stack: Stack) -> Floats:
     norms = any(one.layer.kind == "norm" for one in plan.layers)
     shown = fields.copy() if norms else fields
     spread = np.zeros(len(plan.channel_space), bool)  # over positions: written by convolutions
-    scalars = {
-        name: finite(stack.scalar(name)).astype(np.float64)
-        for name in ("bias", "scale", "shift", "mean", "variance")
-    }
+    own = scalars(stack)
     out = np.empty((n, plan.tokens, COLUMNS), np.float32)
     for one in plan.layers:
         kind = one.layer.kind
         z = fields[:, one.sources] if kind == "norm" else _layer(stack, one, shown, spread)
+        here = {name: values[:, one.tokens] for name, values in own.items()}
         if one.layer.variance is not None:
             clean = z[..., :FIELDS]
-            scalars["mean"][:, one.tokens] = clean.mean(axis=(2, 3))
-            if one.layer.bias is not None:
-                scalars["mean"][:, one.tokens] += scalars["bias"][:, one.tokens]
-            scalars["variance"][:, one.tokens] = clean.var(axis=(2, 3))
-        gain, offset = normalization(one, scalars)
+            bias = here["bias"] if one.layer.bias is not None else 0
+            here["mean"] = clean.mean(axis=(2, 3)) + bias
+            here["variance"] = clean.var(axis=(2, 3))
+        gain, offset = normalization(one.layer, here)
         z *= gain[:, :, None, None]
         z += offset[:, :, None, None]
         z = np.clip(np.nan_to_num(z, copy=False), -_LIMIT, _LIMIT, out=z)

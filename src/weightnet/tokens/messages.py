@@ -22,13 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import erf
 
-from weightnet.tokens.features import (
-    EPSILON,
-    LIMIT,
-    Doubles,
-    finite,
-    segments,
-)
+from weightnet.symmetry.spec import Layer
+from weightnet.tokens.features import EPSILON, LIMIT, Doubles, finite, segments
 from weightnet.tokens.layout import LayerLayout, Layout
 from weightnet.tokens.networks import Networks, Stack
 from weightnet.tokens.scratch import scratch_zeros
@@ -103,14 +98,12 @@ def token_messages(networks: Networks) -> Floats:
     it is ``on`` (above 0), the expected squared ``gradient`` of the outputs, and ``carried``,
     gradient times variance: how much of the output the neuron carries. asinh or log scale.
     """
-    plans = networks.layouts()
-    offsets = np.concatenate([[0], np.cumsum([plan.tokens for plan in plans])]).astype(np.int64)
-    out: Floats = scratch_zeros((int(offsets[-1]), len(TOKEN_MESSAGES)), np.float32)
+    shape = (int(networks.token_offsets[-1]), len(TOKEN_MESSAGES))
+    out: Floats = scratch_zeros(shape, np.float32)
     for stack in networks.stacks():  # smaller ones give other last digits: tanh is vectorized
-        where = offsets[stack.members][:, None] + np.arange(stack.layout.tokens)
         with np.errstate(over="ignore", invalid="ignore"):
             found = np.nan_to_num(_stack_messages(stack), posinf=LIMIT, neginf=-LIMIT)
-        out[where.reshape(-1)] = np.clip(found, -LIMIT, LIMIT).reshape(where.size, -1)
+        out[stack.tokens] = np.clip(found, -LIMIT, LIMIT)
     return out
 
 
@@ -240,17 +233,19 @@ def _activate(mean: Doubles, variance: Doubles, activation: str) -> _Moments:
     return _Moments(mean, variance, first, np.maximum(second - first**2, 0), slope, on)
 
 
-def normalization(
-    one: LayerLayout, scalars: Mapping[str, NDArray[np.floating]]
-) -> tuple[Doubles, Doubles]:
+def scalars(stack: Stack) -> dict[str, Doubles]:
+    """Bias, scale, shift, mean and variance [n, tokens] each, where a layer has them."""
+    names = ("bias", "scale", "shift", "mean", "variance")
+    return {name: finite(stack.scalar(name)).astype(np.float64) for name in names}
+
+
+def normalization(layer: Layer, here: Mapping[str, Doubles]) -> tuple[Doubles, Doubles]:
     """What a layer's bias and normalization do to its weighted sums: times ``gain``, plus
     ``offset``, [n, outputs] each.
 
     Args:
-        scalars: bias, scale, shift, mean and variance of all tokens, [n, tokens] each.
+        here: the layer's own `scalars`, [n, outputs] each.
     """
-    layer = one.layer
-    here = {name: values[:, one.tokens].astype(np.float64) for name, values in scalars.items()}
     gain, offset = np.ones_like(here["bias"]), np.zeros_like(here["bias"])
     if layer.bias is not None:
         offset = offset + here["bias"]
@@ -267,13 +262,10 @@ def normalization(
 
 
 def _wires(stack: Stack) -> Iterator[_Wires]:
-    scalars = {
-        name: finite(stack.scalar(name)).astype(np.float64)
-        for name in ("bias", "scale", "shift", "mean", "variance")
-    }
-    n = len(stack)
+    own, n = scalars(stack), len(stack)
     for one in stack.layout.layers:
-        gain, offset = normalization(one, scalars)
+        here = {name: values[:, one.tokens] for name, values in own.items()}
+        gain, offset = normalization(one.layer, here)
         sources = one.sources.reshape(one.groups, -1)
         if one.fan_in:
             sums, squares = _reduce(finite(stack.weight(one)), one)

@@ -185,6 +185,13 @@ class Networks:
             for first in range(0, len(members), size):
                 yield Stack(self, spec, members[first : first + size])
 
+    @functools.cached_property
+    def token_offsets(self) -> NDArray[np.int64]:
+        """Of all tokens, one network after another, those of network b are token_offsets[b] ..
+        [b + 1] [B + 1]."""
+        counts = [plan.tokens for plan in self.layouts()]
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
     def layouts(self) -> list[Layout]:
         """The layout of every network."""
         plans = {name: layout(self.specs[name]) for name in self.frame["spec"].unique()}
@@ -212,6 +219,11 @@ class Stack:
 
     def __len__(self) -> int:
         return len(self.members)
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """Where the tokens stand among those of all ``networks`` [n, tokens]."""
+        return self.networks.token_offsets[self.members][:, None] + np.arange(self.layout.tokens)
 
     def weight(self, one: LayerLayout) -> Floats:
         """A layer's weights [n, outputs, fan-in] in float32; a single network's are not copied."""
