@@ -1,7 +1,7 @@
 """Train one predictor on one split, all seeds: data/predictors, data/predictions, data/curves."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,15 +70,24 @@ class Trained(NamedTuple):
     diverged: int
 
 
-def train_seed(training: Training, seed: int, tell: Callable[[str], object]) -> Trained:
-    """Fit, save and predict for one seed; return validation and test predictions, long format.
+def train_some(
+    training: Training, seeds: Sequence[int], tell: Callable[[str], object]
+) -> list[Trained]:
+    """Train some seeds, one after another; the networks are read once.
 
     ``tell`` is told of each epoch: it shows the progress, perhaps in another process. The
     checkpoints stay until all seeds are done, so that a finished one is not fitted again.
     """
     torch.set_num_threads(1)
+    networks = read_networks([TOKENS / family for family in training.families]).read_together()
+    return [train_seed(training, networks, seed, tell) for seed in seeds]
+
+
+def train_seed(
+    training: Training, networks: Networks, seed: int, tell: Callable[[str], object]
+) -> Trained:
+    """Fit, save and predict for one seed; return validation and test predictions, long format."""
     predictor, split, config = training.predictor, training.split, training.config
-    networks = read_networks([TOKENS / family for family in training.families])
     if entry(predictor).needs_forward:
         networks = networks.runnable(ModuleBuilder(ZOO))
     measured = [str(c)[9:] for c in networks.frame if str(c).startswith("property.")]
@@ -133,16 +142,20 @@ def train_seeds(training: Training, bar: Progress) -> list[Trained]:
     seeds = range(training.config.seeds)
     jobs = min(default_jobs(), len(seeds))
     if jobs == 1:
-        return [train_seed(training, seed, lambda note: bar.advance(note=note)) for seed in seeds]
+        return train_some(training, seeds, lambda note: bar.advance(note=note))
+    shares = [seeds[first::jobs] for first in range(jobs)]
     with worker_pool(jobs) as (pool, notes):
-        futures = [pool.submit(train_seed, training, seed, tell) for seed in seeds]
+        futures = [pool.submit(train_some, training, share, tell) for share in shares]
         while not all(future.done() for future in futures):
             with suppress(Empty):
                 bar.advance(note=notes.get(timeout=0.2))
             for future in futures:
                 if future.done():
                     future.result()  # one that failed ends the others
-        return [future.result() for future in futures]
+        trained: dict[int, Trained] = {}
+        for share, future in zip(shares, futures, strict=True):
+            trained |= zip(share, future.result(), strict=True)
+        return [trained[seed] for seed in seeds]
 
 
 def predict(prediction: Prediction, networks: Networks, part: str) -> pd.DataFrame:

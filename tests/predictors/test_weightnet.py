@@ -127,6 +127,31 @@ def test_large_arrays_in_files_change_no_bit(monkeypatch: pytest.MonkeyPatch) ->
     assert reads[0] == reads[1]
 
 
+def test_networks_that_are_read_together_are_read_once_and_as_by_themselves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    networks = make_networks({"cnn": 6, "resnet18": 3}, seed=5, probes=4)
+    computed: list[Networks] = []
+    read = TokenReader._read
+    monkeypatch.setattr(
+        TokenReader, "_read", lambda self, of: computed.append(of) or read(self, of)
+    )
+
+    def batch_of(selection: Networks, fitted_to: Networks) -> list[bytes]:
+        reader = TokenReader(WeightNetConfig(), responses=True)
+        reader.prepare(fitted_to)
+        batch = reader.batches(selection, training=False).collate(torch.arange(len(selection)))
+        tensors = (batch.values, batch.kind, batch.segment, batch.place, batch.statistics)
+        return [tensor.numpy().tobytes() for tensor in tensors]
+
+    together = networks.read_together()
+    for train, test in (([8, 0, 2, 6, 3], [1, 7]), ([1, 4, 5, 7], [0, 8])):
+        alone = batch_of(networks.select(test), networks.select(train))
+        assert batch_of(together.select(test), together.select(train)) == alone
+    assert sum(one is networks for one in computed) == 1
+    assert len(computed) == 5
+
+
 def test_saved_and_loaded_it_predicts_the_same(fitted: Predictor, tmp_path: Path) -> None:
     test = make_networks({"cnn": 5}, seed=9)
     fitted.save(tmp_path / "weightnet")

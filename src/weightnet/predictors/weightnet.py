@@ -57,7 +57,8 @@ from weightnet.tokens import (
     token_messages,
     token_rows,
 )
-from weightnet.tokens.scratch import BLOCK, blocks, scratch_zeros
+from weightnet.tokens.features import gather_ranges
+from weightnet.tokens.scratch import BLOCK, blocks, scratch_zeros, take
 
 if TYPE_CHECKING:
     from weightnet.tokens import Networks
@@ -362,6 +363,10 @@ Read = tuple[TokenFeatures, Features, Features]
 """The tokens of networks, what is known of each, and statistics of the whole networks."""
 
 
+_TOGETHER: WeakKeyDictionary[Networks, dict[tuple[object, ...], Read]] = WeakKeyDictionary()
+"""What was read of `Networks.read_together`, by what the reader was to read."""
+
+
 class TokenReader:
     """Reads networks as packed token batches, standardized on the training networks."""
 
@@ -415,8 +420,26 @@ class TokenReader:
     def _read_networks(self, networks: Networks) -> Read:
         """Read ``networks`` once for as long as they live: reading takes as long as fitting."""
         if networks not in self._known:
-            self._known[networks] = self._read(networks)
+            if networks.origin is None:
+                self._known[networks] = self._read(networks)
+            else:
+                self._known[networks] = self._select(*networks.origin)
         return self._known[networks]
+
+    def _select(self, networks: Networks, chosen: Longs) -> Read:
+        """Read some of ``networks``, of which others are read too, perhaps by other readers."""
+        config = self.config
+        kind = (config.tokens, config.messages, config.fields, config.spectra, self.responses)
+        read = _TOGETHER.setdefault(networks, {})
+        if kind not in read:
+            read[kind] = self._read(networks)
+        features, values, statistics = read[kind]
+        tokens, _ = gather_ranges(features.token_offsets, chosen)
+        return (
+            features.select(chosen),
+            Features(values.names, take(values.values, tokens)),
+            Features(statistics.names, take(statistics.values, chosen)),
+        )
 
     def _read(self, networks: Networks) -> Read:
         features = token_features(networks)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from weightnet.tokens.layout import ACTIVATIONS, KINDS, LayerLayout, Layout, concatenate_ranges
 from weightnet.tokens.networks import Networks, Stack
-from weightnet.tokens.scratch import scratch_zeros
+from weightnet.tokens.scratch import scratch_zeros, take
 from weightnet.tokens.tokenizer import Floats
 
 BLOCK_VALUES = 1 << 21  # weights that are held in float64 at a time
@@ -115,7 +115,7 @@ class TokenFeatures:
         layers, layer_starts = gather_ranges(self.layer_starts, chosen)
         return TokenFeatures(
             names=self.names,
-            values=self.values[tokens],
+            values=take(self.values, tokens),
             network=np.repeat(np.arange(len(chosen)), np.diff(token_offsets)),
             layer=self.layer[tokens],
             kind=self.kind[tokens],
@@ -125,7 +125,7 @@ class TokenFeatures:
             token_offsets=token_offsets,
             layer_offsets=_offsets(np.diff(self.layer_offsets)[layers]),
             layer_starts=layer_starts,
-            responses=None if self.responses is None else self.responses[tokens],
+            responses=None if self.responses is None else take(self.responses, tokens),
         )
 
 

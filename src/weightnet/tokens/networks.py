@@ -76,7 +76,9 @@ class Networks:
     ``frame`` has one row per network (columns: docs/SHARDS.md, networks.parquet), index 0 .. B-1;
     ``specs`` maps its column ``spec`` to the permutation spec. ``parts`` and ``places`` [B, 2]
     (part, number within it) say where the tokens lie; selections share them. ``modules`` builds
-    the modules, for those who run the networks; tokens and weights are read without.
+    the modules, for those who run the networks; tokens and weights are read without. ``origin``,
+    of selections of `read_together`: the networks from which they were selected, and at which
+    positions.
     """
 
     frame: pd.DataFrame
@@ -84,6 +86,7 @@ class Networks:
     parts: tuple[TokenPart, ...]
     places: NDArray[np.int64]
     modules: Modules | None = None
+    origin: tuple[Networks, NDArray[np.int64]] | None = None
 
     @classmethod
     def from_states(
@@ -141,7 +144,13 @@ class Networks:
             chosen = np.flatnonzero(chosen)
         chosen = chosen.astype(np.int64)
         frame = self.frame.iloc[chosen].reset_index(drop=True)
-        return replace(self, frame=frame, places=self.places[chosen])
+        origin = self.origin and (self.origin[0], self.origin[1][chosen])
+        return replace(self, frame=frame, places=self.places[chosen], origin=origin)
+
+    def read_together(self) -> Networks:
+        """The same networks, for those who have several selections of them read: what computes
+        much from weights then computes it once, of all of them."""
+        return replace(self, origin=(self, np.arange(len(self))))
 
     def runnable(self, modules: Modules) -> Networks:
         """The same networks, which can also be run."""

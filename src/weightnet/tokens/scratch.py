@@ -34,6 +34,14 @@ def scratch_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
 
 
+def take(values: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
+    """``values[rows]`` as a new array, in a temporary file if it is large."""
+    out = scratch_zeros((len(rows), *values.shape[1:]), values.dtype)
+    for some in blocks(len(rows), values[:1].size):
+        out[some] = values[rows[some]]
+    return out
+
+
 def fits(size: int) -> bool:
     """Whether an array of ``size`` bytes is held in memory."""
     return size <= LIMIT
