@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from weightnet.params import parse, read_params
+from weightnet.randomness import numpy_generator
 from weightnet.zoo.architectures import build
-from weightnet.zoo.recipes import FamilyConfig, RecipeConfig, sample_recipes
+from weightnet.zoo.recipes import FamilyConfig, RecipeConfig, _log_uniform, sample_recipes
 
 SECTION: dict[str, Any] = read_params(Path(__file__).parents[2] / "params.yaml")["generate_zoo"]
 RANGES = parse(RecipeConfig, SECTION["ranges"], "generate_zoo.ranges")
@@ -41,6 +44,12 @@ def test_recipes_are_reproducible_and_their_ids_unique() -> None:
     pd.testing.assert_frame_equal(first, draw("cnn", 200))
     assert first["run"].is_unique
     assert first["run"].str.fullmatch("[0-9a-f]{16}").all()
+
+
+def test_draws_are_the_same_on_every_processor() -> None:
+    generator = numpy_generator(0, "draws")
+    draws = np.array([_log_uniform(generator, 0.005, 0.3) for _ in range(1000)])
+    assert hashlib.sha256(draws.tobytes()).hexdigest()[:16] == "99f30e824aa6693d"
 
 
 def test_another_seed_gives_other_recipes() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -148,7 +149,8 @@ def _choose(generator: np.random.Generator, values: list[Any]) -> Any:
 
 
 def _log_uniform(generator: np.random.Generator, low: float, high: float) -> float:
-    return float(np.exp(generator.uniform(np.log(low), np.log(high))))
+    # NumPy's own exp and log round otherwise where the processor has AVX-512: runs had other ids
+    return math.exp(generator.uniform(math.log(low), math.log(high)))
 
 
 def _sometimes(generator: np.random.Generator, config: Sometimes) -> float:
