@@ -16,6 +16,7 @@ from weightnet.tokens import (
     response_statistics,
     token_features,
 )
+from weightnet.tokens.probes import VIEWS
 
 CONFIG = ProbesConfig(count=8, seed=3)
 
@@ -98,3 +99,11 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
     spec = trace(module, torch.zeros(1, 1, 3, 3))
     with pytest.raises(ValueError, match="module of its own to be probed"):
         probe_responses(module, spec, module.state_dict(), CONFIG.inputs((1, 3, 3)))
+
+
+def test_rounding_is_no_dimension_of_the_answers() -> None:
+    answers = np.random.default_rng(0).normal(size=(10, VIEWS * 8)).astype(np.float32)
+    names, table = response_statistics(answers, np.array([0, 10]), np.array([0, 1]))
+    shares = [float(table[0, names.index(f"probe_share{i}")]) for i in range(9)]
+    assert min(shares[:7]) > 1e-3
+    assert shares[7:] == [0, 0]  # eight answers less their mean: seven directions

@@ -280,7 +280,8 @@ def _output_statistics(views: Floats) -> dict[str, float]:
         "favourite": float(chosen.max() / max(chosen.sum(), 1)),
         "dimension": dimension,
     }
-    row |= {f"share{i}": float(share[i]) if i < len(share) else 0.0 for i in range(9)}
+    known = min(len(share), logits.shape[1] - 1)  # centred, the last of as many is rounding
+    row |= {f"share{i}": float(share[i]) if i < known else 0.0 for i in range(9)}
     for level, view in zip(NOISE, views.swapaxes(0, 1)[1:], strict=True):
         other, log_other = _softmax(view)
         kl = float((chance * (log_chance - log_other)).sum(axis=0).mean())
