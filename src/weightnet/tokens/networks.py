@@ -229,7 +229,7 @@ class Stack:
     def __len__(self) -> int:
         return len(self.members)
 
-    @property
+    @functools.cached_property
     def tokens(self) -> NDArray[np.int64]:
         """Where the tokens stand among those of all ``networks`` [n, tokens]."""
         return self.networks.token_offsets[self.members][:, None] + np.arange(self.layout.tokens)
