@@ -86,7 +86,8 @@ def train_some(
 def train_seed(
     training: Training, networks: Networks, seed: int, tell: Callable[[str], object]
 ) -> Trained:
-    """Fit, save and predict for one seed; return validation and test predictions, long format."""
+    """Fit, save and predict for one seed; return predictions of the networks that calibrated the
+    intervals and of the test networks, long format."""
     predictor, split, config = training.predictor, training.split, training.config
     if entry(predictor).needs_forward:
         networks = networks.runnable(ModuleBuilder(ZOO))
@@ -129,8 +130,8 @@ def train_seed(
     test = networks.select((parts == "test").to_numpy())
     predictions = pd.concat(
         [
-            predict(model.predict(validation), validation, "validation"),
-            predict(model.predict(test), test, "test"),
+            predict(*model.calibration, "calibration"),
+            predict(test.frame, model.predict(test), "test"),
         ]
     ).assign(seed=seed)
     diverged = int(networks.frame["diverged"].sum())
@@ -158,13 +159,13 @@ def train_seeds(training: Training, bar: Progress) -> list[Trained]:
         return [trained[seed] for seed in seeds]
 
 
-def predict(prediction: Prediction, networks: Networks, part: str) -> pd.DataFrame:
+def predict(networks: pd.DataFrame, prediction: Prediction, part: str) -> pd.DataFrame:
     """Predictions beside measurements, one row a network and property."""
     frames = []
     for p, name in enumerate(prediction.properties):
-        frame = networks.frame[["run", "family", "task"]].copy()
+        frame = networks[["run", "family", "task"]].copy()
         frame["part"], frame["property"] = part, name
-        frame["measured"] = networks.frame[f"property.{name}"].astype(np.float64)
+        frame["measured"] = networks[f"property.{name}"].astype(np.float64)
         for column in ("mean", "low", "high"):
             frame[column] = getattr(prediction, column)[:, p]
         frames.append(frame.rename(columns={"mean": "predicted"}))

@@ -106,8 +106,9 @@ ABLATIONS: tuple[Ablation, ...] = (
         )
         for count in (0, 2, 20)
     ),
-    Ablation("blocks-1", "size", (f"{_W}.blocks=1",)),
+    Ablation("blocks-2", "size", (f"{_W}.blocks=2",)),
     Ablation("blocks-4", "size", (f"{_W}.blocks=4",)),
+    Ablation("one-fold", "size", (f"{_W}.fit.folds=1", f"{_W}.trees=4")),
     Ablation("width-32", "size", (f"{_W}.width=32",)),
     Ablation("width-128", "size", (f"{_W}.width=128",)),
     *(

@@ -25,9 +25,9 @@ from torch import nn
 from weightnet.architecture import build_architecture, input_shape, trace_module
 from weightnet.checkpoint import CheckpointError, fit_state, read_state
 from weightnet.durable import replace_folder, write_digests
-from weightnet.evaluation.splits import groups
 from weightnet.params import parse
 from weightnet.predictors import Predictor, build, entry
+from weightnet.predictors.folds import groups
 from weightnet.predictors.interface import read_description, write_json
 from weightnet.predictors.learned import ModulePredictor
 from weightnet.predictors.novelty import LEVEL

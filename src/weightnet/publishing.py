@@ -89,8 +89,8 @@ on the tasks {tasks} (small grey images, 10 classes), over the recipes in
 ## Splits
 
 Runs are divided by a hash of their id. Of seed 0 of `{split}`, {own["train"]} networks trained
-it, {own["validation"]} stopped the training and calibrate the intervals and the warning, and
-{own["test"]} test it.
+it, {own["validation"]} stopped the training and calibrate the warning, and {own["test"]} test it.
+The intervals are calibrated on networks that what predicts them was not trained on.
 
 ## Figures
 

@@ -65,10 +65,10 @@ def test_a_randomized_model_gives_another_map_and_the_same_model_the_same(
     assert found["top_tenth"].between(0.1, 1.0).all()
 
 
-@pytest.mark.parametrize("members", [1, 2])
-def test_shares_are_signed_and_rise_with_the_property(fitted: Predictor, members: int) -> None:
-    if members > 1:
-        config = {**SMALL, "statistics": False, "fit": {**FIT, "members": members}}
+@pytest.mark.parametrize("folds", [1, 2])
+def test_shares_are_signed_and_rise_with_the_property(fitted: Predictor, folds: int) -> None:
+    if folds > 1:
+        config = {**SMALL, "statistics": False, "fit": {**FIT, "folds": folds}}
         fitted = build("weightnet", config, ["scale"], 0)
         fitted.fit(make_networks(96, 1), make_networks(32, 2))
     networks = make_networks(16, 5)

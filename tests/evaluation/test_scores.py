@@ -202,7 +202,7 @@ def test_bad_tables_are_refused(zoo: pd.DataFrame, predictions: pd.DataFrame) ->
     refuses("must be finite", predictions.assign(predicted=np.nan))
     refuses("stale", predictions, zoo.assign(**{"property.test_accuracy": 0.5}))
     refuses("zoo's runs", predictions, zoo.iloc[10:])
-    refuses("there are none", predictions.assign(part="validation"))
+    refuses("there are none", predictions.assign(part="calibration"))
     refuses("may be named", predictions.assign(predictor=CEILING))
 
 
@@ -246,7 +246,7 @@ def test_the_interval_of_coverage_knows_calibration_and_test_networks() -> None:
         predictor="mean",
         split="iid",
         seed=0,
-        part=np.where(np.arange(len(frame)) < calibration, "validation", "test"),
+        part=np.where(np.arange(len(frame)) < calibration, "calibration", "test"),
         property="test_loss",
         measured=measured,
         predicted=0.0,

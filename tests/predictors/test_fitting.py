@@ -196,12 +196,12 @@ def test_the_device_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         default_device()
 
 
-def test_members_are_averaged(parts: object) -> None:
+def test_folds_are_averaged(parts: object) -> None:
     from weightnet.predictors import build
 
     train, validation, test = parts  # type: ignore[misc]
     names: set[str] = set()
-    predictor = build("stats", {"fit": {"epochs": 2, "members": 2}}, ("test_loss",), 0)
+    predictor = build("stats", {"fit": {"epochs": 2, "folds": 2}}, ("test_loss",), 0)
     predictor.fit(train, validation, log=lambda metrics, _: names.update(metrics))
     assert {"validation/tau", "member-1/validation/tau"} <= names
     assert np.isfinite(predictor.predict(test).high).all()

@@ -34,9 +34,10 @@ from pydantic import Field
 
 from weightnet.evaluation import metrics, recalibration
 from weightnet.evaluation.metrics import METRICS, Counts, Floats
-from weightnet.evaluation.splits import SPLITS, groups
+from weightnet.evaluation.splits import SPLITS
 from weightnet.params import Params
 from weightnet.predictors.calibration import LEVEL
+from weightnet.predictors.folds import groups
 
 CEILING = "ceiling"
 SUBSETS = ("all", "within_family", "above_chance")
@@ -97,7 +98,7 @@ class Evaluation:
 
     Args:
         predictions: rows with `PREDICTION_COLUMNS`, in any order; where there is a column
-            ``part``, "test" is scored, and "validation" tells how the intervals would vary. A
+            ``part``, "test" is scored, and "calibration" tells how the intervals would vary. A
             predictor that does not accept a network leaves its row out (n shows it).
         networks: one row per network: ``run``, ``family``, ``property.<name>`` and, for the
             ceiling, ``half_a.<name>`` and ``half_b.<name>``; perhaps ``group``.
@@ -113,7 +114,7 @@ class Evaluation:
     ) -> None:
         self.config = config
         table = _checked(predictions, networks)
-        tested, calibrated = (table[table["part"] == part] for part in ("test", "validation"))
+        tested, calibrated = (table[table["part"] == part] for part in ("test", "calibration"))
         order = [
             column.removeprefix("property.")
             for column in networks
@@ -407,7 +408,7 @@ def _checked(predictions: pd.DataFrame, networks: pd.DataFrame) -> pd.DataFrame:
             f"{', '.join(missing)} missing; rerun train_predictor"
         )
     table = predictions if "part" in predictions else predictions.assign(part="test")
-    table = table[table["part"].isin(("test", "validation"))]
+    table = table[table["part"].isin(("test", "calibration"))]
     if not (table["part"] == "test").any():
         raise ValueError(
             "predictions must have test rows, however: there are none; rerun train_predictor"

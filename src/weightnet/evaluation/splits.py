@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from weightnet.params import Params
+from weightnet.predictors.folds import groups
 
 SPLITS = ("iid", "unseen_architecture", "unseen_task", "unseen_width")
 PARTS = ("train", "validation", "test", "unused")
@@ -117,12 +118,6 @@ def assign(frame: pd.DataFrame, split: str, *, seed: int, config: SplitsConfig) 
     return pd.Series(
         parts.loc[groups(frame)].to_numpy(dtype=str), index=frame.index, name="part", dtype="str"
     )
-
-
-def groups(frame: pd.DataFrame) -> pd.Series:
-    """Return what must not be divided: the column ``group`` (the training run that several
-    checkpoints, each with a ``run`` of its own, came from) where there is one, else ``run``."""
-    return frame["group"].fillna(frame["run"]) if "group" in frame else frame["run"]
 
 
 def split_hash(

@@ -39,7 +39,9 @@ class FitConfig(Params):
     bound. ``patience`` is the number of epochs without a better ``monitor`` (on validation: mean
     squared error, Gaussian negative log-likelihood or mean tau-b) after which the fit stops.
     ``ema_decay`` above 0 evaluates and keeps an exponential moving average of the weights.
-    ``beta`` is that of the loss. ``members`` modules are fitted from different seeds and averaged.
+    ``beta`` is that of the loss. With
+    ``folds`` above 1 so many modules more are fitted, each without another part of the training
+    networks (see `cut_folds`), and all are averaged.
     """
 
     epochs: int = Field(default=100, gt=0)
@@ -53,8 +55,13 @@ class FitConfig(Params):
     gradient_clip: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     beta: float = Field(default=0.5, ge=0, le=1)
-    members: int = Field(default=1, gt=0)
+    folds: int = Field(default=1, gt=0)
     checkpoint_epochs: int = Field(default=10, gt=0)
+
+    @property
+    def members(self) -> int:
+        """How many modules are fitted, unless networks are too few for ``folds``."""
+        return 1 if self.folds == 1 else self.folds + 1
 
 
 class Batch(Protocol):
@@ -95,6 +102,11 @@ class Batches:
             pieces[-1].append(index)
             total += cost
         return [torch.tensor(piece) for piece in pieces]
+
+    def select(self, chosen: Tensor) -> Batches:
+        """The examples at ``chosen`` [n] alone."""
+        cost = None if self.cost is None else self.cost[chosen]
+        return Batches(lambda indices: self.collate(chosen[indices]), len(chosen), cost)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from weightnet.params import Params
-from weightnet.predictors.interface import Log, Predictor, read_arrays, write_arrays
+from weightnet.predictors.interface import Estimate, Log, Predictor, read_arrays, write_arrays
 from weightnet.predictors.scaling import Array
 
 if TYPE_CHECKING:
@@ -49,18 +49,19 @@ class MeanPredictor(Predictor):
         *,
         log: Log | None,
         checkpoint: Path | None,
-    ) -> None:
+    ) -> Estimate | None:
         self._overall = _known_mean(targets, np.zeros(targets.shape[1]))
         self._means = {}
         if self.by_family:
             families = train.frame["family"].to_numpy()
             for family in sorted(set(families)):
                 self._means[str(family)] = _known_mean(targets[families == family], self._overall)
+        return None
 
-    def _estimate(self, networks: Networks) -> tuple[Array, Array]:
+    def _estimate(self, networks: Networks) -> Estimate:
         families = networks.frame["family"] if self.by_family else [""] * len(networks)
         mean = np.stack([self._means.get(str(family), self._overall) for family in families])
-        return mean, np.ones_like(mean)
+        return Estimate(mean, np.ones_like(mean))
 
     def _write(self, folder: Path) -> None:
         families = {f"family.{family}": mean for family, mean in self._means.items()}

@@ -2,10 +2,10 @@
 from a folder.
 
 `Predictor` does what all have in common, once: it checks and standardizes the targets, calibrates
-the intervals on the validation networks, and writes folders atomically. A predictor adds four
-steps: ``_train``, ``_estimate``, ``_write``, ``_read``. Targets may be missing (NaN: a diverged
-run, an imported zoo without that property); each property uses the networks that have it, and
-predictions are given for all networks.
+the intervals on networks that were not trained on, and writes folders atomically. A predictor adds
+four steps: ``_train``, ``_estimate``, ``_write``, ``_read``. Targets may be missing (NaN: a
+diverged run, an imported zoo without that property); each property uses the networks that have it,
+and predictions are given for all networks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ from weightnet.predictors.calibration import LEVEL, conformal_factors
 from weightnet.predictors.scaling import Array, Standardizer
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from weightnet.tokens import Networks
 
 Log = Callable[[dict[str, float], int], None]
@@ -36,12 +38,19 @@ _LIMIT = 6.0  # training targets are limited to this many standard deviations
 _SPREAD = 1e-6  # least spread, in standard deviations of the property
 
 
+class Estimate(NamedTuple):
+    """Mean and spread of properties [B, P], standardized."""
+
+    mean: Array
+    spread: Array
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Predicted properties of B networks, float64 [B, P] each, in the units of the properties.
 
-    ``low`` and ``high`` bound the 90% split-conformal interval. Nothing is clipped to a property's
-    range: an accuracy may be predicted above 1, and with fewer than 9 validation networks
+    ``low`` and ``high`` bound the 90% conformal interval. Nothing is clipped to a property's
+    range: an accuracy may be predicted above 1, and with fewer than 9 networks to calibrate them
     intervals are infinite.
     """
 
@@ -60,9 +69,15 @@ class Predictor(ABC):
         properties: the P properties to predict, without the prefix ``property.``.
         seed: makes everything random reproducible.
 
+    Attributes:
+        calibration: after `fit`, the table of the networks that calibrated the intervals, and what
+            was predicted for them by what had not seen them; not saved.
+
     Raises:
         ValueError: if ``properties`` is empty or repeats a name.
     """
+
+    calibration: tuple[pd.DataFrame, Prediction]
 
     def __init__(self, name: str, config: Params, properties: Sequence[str], seed: int) -> None:
         if not properties or len(set(properties)) != len(properties):
@@ -82,7 +97,8 @@ class Predictor(ABC):
         log: Log | None = None,
         checkpoint: Path | None = None,
     ) -> Self:
-        """Train on ``train``; tune, stop early and calibrate the intervals on ``validation``.
+        """Train on ``train``; tune and stop early on ``validation``; calibrate the intervals on
+        ``validation``, or on ``train`` where parts of it are fitted without each other.
 
         Args:
             log: receives metrics as training goes; after a resume, those of before as well.
@@ -101,7 +117,7 @@ class Predictor(ABC):
                     f"or choose another split"
                 )
         self._targets = Standardizer.fit(measured, _LIMIT)
-        self._train(
+        unseen = self._train(
             train,
             self._targets.transform(measured),
             validation,
@@ -109,8 +125,10 @@ class Predictor(ABC):
             log=log,
             checkpoint=checkpoint,
         )
-        mean, spread = self._estimate_in_units(validation)
-        self._factors = conformal_factors(held_out, mean, spread, LEVEL)
+        networks, known = (validation, held_out) if unseen is None else (train, measured)
+        estimate = self._estimate_some(validation) if unseen is None else unseen
+        self._factors = conformal_factors(known, *self._in_units(estimate), LEVEL)
+        self.calibration = networks.frame, self._prediction(estimate)
         return self
 
     def predict(self, networks: Networks) -> Prediction:
@@ -119,9 +137,7 @@ class Predictor(ABC):
         Raises:
             ValueError: if the predictor was never fitted.
         """
-        mean, spread = self._estimate_in_units(networks)
-        reach = self._factors * spread
-        return Prediction(self.properties, mean, mean - reach, mean + reach)
+        return self._prediction(self._estimate_some(networks))
 
     def accepts(self, networks: Networks) -> NDArray[np.bool_]:
         """Return which of ``networks`` can be fitted and predicted [B]; all, unless it says
@@ -185,12 +201,13 @@ class Predictor(ABC):
         *,
         log: Log | None,
         checkpoint: Path | None,
-    ) -> None:
-        """Learn from standardized targets [B, P], NaN where missing."""
+    ) -> Estimate | None:
+        """Learn from standardized targets [B, P], NaN where missing. Return what is estimated of
+        each network of ``train`` by what was fitted without it, if that is known."""
 
     @abstractmethod
-    def _estimate(self, networks: Networks) -> tuple[Array, Array]:
-        """Return mean and spread [B, P], standardized; a predictor without spread returns ones."""
+    def _estimate(self, networks: Networks) -> Estimate:
+        """Estimate some networks, at least one; a predictor without spread returns ones."""
 
     @abstractmethod
     def _write(self, folder: Path) -> None:
@@ -222,12 +239,22 @@ class Predictor(ABC):
             )
         return self._targets
 
-    def _estimate_in_units(self, networks: Networks) -> tuple[Array, Array]:
-        targets = self._fitted()
+    def _estimate_some(self, networks: Networks) -> Estimate:
+        self._fitted()
         if len(networks) == 0:
-            return np.zeros((0, len(self.properties))), np.zeros((0, len(self.properties)))
-        mean, spread = self._estimate(networks)
-        return targets.inverse(mean), np.maximum(spread, _SPREAD) * targets.scale
+            return Estimate(*np.zeros((2, 0, len(self.properties))))
+        return self._estimate(networks)
+
+    def _in_units(self, estimate: Estimate) -> tuple[Array, Array]:
+        """Mean and spread [B, P] in the units of the properties."""
+        targets = self._fitted()
+        spread = np.maximum(estimate.spread, _SPREAD) * targets.scale
+        return targets.inverse(estimate.mean), spread
+
+    def _prediction(self, estimate: Estimate) -> Prediction:
+        mean, spread = self._in_units(estimate)
+        reach = self._factors * spread
+        return Prediction(self.properties, mean, mean - reach, mean + reach)
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from weightnet.params import Params
@@ -19,13 +20,16 @@ from weightnet.predictors.fitting import (
     run_module,
     seeded,
 )
-from weightnet.predictors.interface import Log, Predictor, read_arrays, write_arrays
+from weightnet.predictors.folds import Fold, cut_folds
+from weightnet.predictors.interface import Estimate, Log, Predictor, read_arrays, write_arrays
 from weightnet.predictors.novelty import Novelty, has_embedding, view_networks
 from weightnet.predictors.scaling import Array
 from weightnet.randomness import derive_seed
 
 if TYPE_CHECKING:
     from weightnet.tokens import Networks
+
+Longs = NDArray[np.int64]
 
 
 class Reader(Protocol):
@@ -48,7 +52,7 @@ class Reader(Protocol):
 
 
 class ModulePredictor(Predictor):
-    """One or more modules (``fit.members``) fitted on what ``reader`` reads; their average
+    """One or more modules (see ``fit.folds``) fitted on what ``reader`` reads; their average
     predicts.
 
     The spread is the standard deviation of the mixture of the members' Gaussians.
@@ -67,6 +71,7 @@ class ModulePredictor(Predictor):
         super().__init__(name, config, properties, seed)
         self.reader, self.fit_config = reader, fit
         self.modules: list[nn.Module] = []
+        self.folds: list[Fold] = []
         self.novelty: Novelty | None = None
 
     def _train(
@@ -78,20 +83,34 @@ class ModulePredictor(Predictor):
         *,
         log: Log | None,
         checkpoint: Path | None,
+    ) -> Estimate | None:
+        self._fit_modules(train, targets, validation, validation_targets, log, checkpoint)
+        return self._estimate_unseen(train, validation, validation_targets)
+
+    def _fit_modules(
+        self,
+        train: Networks,
+        targets: Array,
+        validation: Networks,
+        validation_targets: Array,
+        log: Log | None,
+        checkpoint: Path | None,
     ) -> None:
         config = self.fit_config
         self.reader.prepare(train)
-        examples = Examples(self.reader.batches(train, training=True), torch.from_numpy(targets))
+        batches = self.reader.batches(train, training=True)
         held_out = Examples(
             self.reader.batches(validation, training=False), torch.from_numpy(validation_targets)
         )
         self.modules = []
-        for member in range(config.members):
+        self.folds = cut_folds(train.frame, targets, config.folds, seed=self.seed)
+        for member, fold in enumerate(self.folds):
             with seeded(self.seed, "module", member):
                 module = self.reader.module(len(self.properties))
+            seen = np.flatnonzero(~fold)
             fit_module(
                 module,
-                examples,
+                Examples(batches.select(torch.from_numpy(seen)), torch.from_numpy(targets[seen])),
                 held_out,
                 config,
                 seed=derive_seed(self.seed, "fit", member),
@@ -128,12 +147,53 @@ class ModulePredictor(Predictor):
         batches = self.reader.batches(networks, training=False)
         return view_networks(self.modules[0], networks, batches, self.fit_config)
 
-    def _estimate(self, networks: Networks) -> tuple[Array, Array]:
+    def _estimate(self, networks: Networks) -> Estimate:
+        return _average(self._ask_all(networks))
+
+    def _ask_all(self, networks: Networks) -> list[Estimate]:
         batches = self.reader.batches(networks, training=False)
-        runs = [run_module(module, batches, self.fit_config) for module in self.modules]
-        means = np.stack([mean.numpy() for mean, _ in runs])
-        variances = np.stack([np.exp(2 * log_sigma.numpy()) for _, log_sigma in runs])
-        return means.mean(axis=0), np.sqrt(variances.mean(axis=0) + means.var(axis=0))
+        everything = np.arange(len(networks))
+        members = range(len(self.modules))
+        return [self._ask(member, networks, batches, everything) for member in members]
+
+    def _ask(self, member: int, networks: Networks, batches: Batches, chosen: Longs) -> Estimate:
+        """What one member estimates of the ``chosen`` [n] of ``networks``, which ``batches``
+        read."""
+        own = batches.select(torch.from_numpy(chosen))
+        mean, log_sigma = run_module(self.modules[member], own, self.fit_config)
+        return Estimate(mean.numpy(), np.exp(log_sigma.numpy()))
+
+    def _estimate_unseen(
+        self, train: Networks, validation: Networks, targets: Array
+    ) -> Estimate | None:
+        """Of each training network, by the member that was fitted without it; None if there is one
+        member only.
+
+        The average of all members errs less than one that was fitted on fewer networks, and tells
+        so by another spread. How much less, in units of the spread, is seen on the validation
+        networks, where both predict; the members' spread is enlarged by it, or intervals would be
+        too wide.
+        """
+        if len(self.folds) == 1:
+            return None
+        batches = self.reader.batches(train, training=False)
+        unseen = Estimate(*np.empty((2, len(train), len(self.properties))))
+        for member, fold in enumerate(self.folds):
+            if fold.any():
+                unseen.mean[fold], unseen.spread[fold] = self._ask(
+                    member, train, batches, np.flatnonzero(fold)
+                )
+        if len(validation) == 0:
+            return unseen
+        members = self._ask_all(validation)
+        known = np.isfinite(targets)
+        errors = [
+            np.where(known, np.abs(targets - one.mean) / one.spread, 0.0).sum(axis=0)
+            for one in [*members, _average(members)]
+        ]
+        least = np.finfo(np.float64).tiny
+        ratio = (np.mean(errors[1:-1], axis=0) + least) / (errors[-1] + least)
+        return Estimate(unseen.mean, unseen.spread * ratio)
 
     def _write(self, folder: Path) -> None:
         self.reader.write(folder)
@@ -146,7 +206,7 @@ class ModulePredictor(Predictor):
     def _read(self, folder: Path) -> None:
         self.reader.read(folder)
         self.modules = []
-        for member in range(self.fit_config.members):
+        for member in range(len(list(folder.glob("member-*.safetensors")))):
             with seeded(self.seed, "module", member):
                 module = self.reader.module(len(self.properties))
             arrays = read_arrays(folder / f"member-{member}.safetensors")
@@ -155,6 +215,13 @@ class ModulePredictor(Predictor):
             )
             self.modules.append(module.eval())
         self.novelty = Novelty.read(folder)
+
+
+def _average(members: Sequence[Estimate]) -> Estimate:
+    """Mean and standard deviation of the mixture of Gaussians."""
+    means = np.stack([one.mean for one in members])
+    variances = np.stack([one.spread**2 for one in members])
+    return Estimate(means.mean(axis=0), np.sqrt(variances.mean(axis=0) + means.var(axis=0)))
 
 
 def _member_log(log: Log | None, member: int) -> Log | None:

@@ -24,8 +24,9 @@ from pydantic import Field
 from weightnet.params import Params
 from weightnet.predictors import features as feature_functions
 from weightnet.predictors.features import Encoder, FeatureFunction
+from weightnet.predictors.folds import Fold
 from weightnet.predictors.forest import Forest
-from weightnet.predictors.interface import Log, Predictor, write_json
+from weightnet.predictors.interface import Estimate, Log, Predictor, write_json
 from weightnet.predictors.ranks import mean_tau
 from weightnet.predictors.scaling import Array
 from weightnet.randomness import numpy_generator
@@ -110,7 +111,7 @@ class TreePredictor(Predictor):
         *,
         log: Log | None,
         checkpoint: Path | None,
-    ) -> None:
+    ) -> Estimate | None:
         train_features = self.features(train)
         self.encoder.fit(train_features)
         rows = self.encoder.transform(train_features)
@@ -134,8 +135,9 @@ class TreePredictor(Predictor):
                     mean = _predict([search.best for search in searches], held_out)
                     log(_metrics(mean, held_out_labels), permutation * budget + step)
             self._models.append([search.best for search in searches])
+        return None
 
-    def _estimate(self, networks: Networks) -> tuple[Array, Array]:
+    def _estimate(self, networks: Networks) -> Estimate:
         rows = self.encoder.transform(self.features(networks))
         mean = np.empty((len(rows), len(self.properties)))
         runs = networks.frame["run"] if self.permutations else [""] * len(rows)
@@ -143,7 +145,7 @@ class TreePredictor(Predictor):
         for index, models in enumerate(self._models):
             if (chosen == index).any():
                 mean[chosen == index] = _predict(models, rows[chosen == index])
-        return mean, np.ones_like(mean)
+        return Estimate(mean, np.ones_like(mean))
 
     def _write(self, folder: Path) -> None:
         self.encoder.write(folder)
@@ -222,7 +224,8 @@ class _Search:
 
 
 class TreeBags:
-    """The average of ``bags`` sets of boosted trees, a model for each of P properties in each set.
+    """The average of ``bags`` sets of boosted trees, a model for each of P properties in each set;
+    of so many for each fold, if the networks are cut into several.
 
     There is no search: each model sees other rows and columns at every tree, and grows until the
     validation networks are predicted no better. They read columns that a perceptron overfits on.
@@ -233,23 +236,32 @@ class TreeBags:
         self._models: list[list[Forest]] = []
 
     def fit(
-        self, rows: Array, targets: Array, held_out: Array, held_out_targets: Array, *, seed: int
+        self,
+        rows: Array,
+        targets: Array,
+        held_out: Array,
+        held_out_targets: Array,
+        *,
+        seed: int,
+        folds: Sequence[Fold],
     ) -> None:
         """Grow the trees on ``rows`` [B, F] and ``targets`` [B, P], NaN where missing."""
         config = TreeConfig(rounds=300, patience=30)
         generator = numpy_generator(seed, "tree bags")
         self._models = []
-        for _ in range(self.bags):
-            models = []
-            for labels, held_out_labels in zip(targets.T, held_out_targets.T, strict=True):
-                search = _Search(rows, labels, held_out, held_out_labels, config)
-                search.consider({**_BAG, "seed": int(generator.integers(2**31))})
-                models.append(search.best)
-            self._models.append(models)
+        for fold in folds:
+            for _ in range(self.bags):
+                models = []
+                for labels, held_out_labels in zip(targets.T, held_out_targets.T, strict=True):
+                    search = _Search(rows[~fold], labels[~fold], held_out, held_out_labels, config)
+                    search.consider({**_BAG, "seed": int(generator.integers(2**31))})
+                    models.append(search.best)
+                self._models.append(models)
 
-    def predict(self, rows: Array) -> Array:
-        """Of ``rows`` [B, F], [B, P]."""
-        return np.mean([_predict(models, rows) for models in self._models], axis=0)
+    def predict(self, rows: Array, fold: int = 0) -> Array:
+        """Of ``rows`` [B, F], [B, P], by the trees that were grown without a fold."""
+        own = self._models[self.bags * fold : self.bags * (fold + 1)]
+        return np.mean([_predict(models, rows) for models in own], axis=0)
 
     def write(self, folder: Path, name: str = _BAGS) -> None:
         """Write all models to one file."""

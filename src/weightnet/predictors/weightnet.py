@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from weightnet.params import Params
 from weightnet.predictors.features import Encoder, Features, weight_features
 from weightnet.predictors.fitting import Batches, FitConfig
-from weightnet.predictors.interface import Log, Predictor, read_arrays, write_arrays
+from weightnet.predictors.interface import Estimate, Log, Predictor, read_arrays, write_arrays
 from weightnet.predictors.learned import ModulePredictor
 from weightnet.predictors.learned_probes import LearnedProbes, LearnedProbesConfig
 from weightnet.predictors.scaling import Array
@@ -94,15 +94,16 @@ class WeightNetConfig(Params):
             (`spectral_statistics`).
         embeddings: whether tokens carry embeddings of layer kind and activation.
         statistics: whether the heads also read statistics of the whole network.
-        trees: sets of boosted trees on the same statistics whose average makes up half of the
-            prediction; 0 for the attention alone.
+        trees: sets of boosted trees on the same statistics beside each module that is fitted (see
+            ``fit.folds``), whose average makes up half of the prediction; 0 for the attention
+            alone.
         learned_probes: of `weightnet_probe`, the probes that are distilled from the training
             networks, beside the fixed ones.
     """
 
     width: int = Field(default=64, gt=0)
     heads: int = Field(default=4, gt=0)
-    blocks: int = Field(default=2, gt=0)
+    blocks: int = Field(default=1, gt=0)
     points: int = Field(default=4, gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     training_layers: int = Field(default=20, gt=0)
@@ -115,10 +116,10 @@ class WeightNetConfig(Params):
     spectra: bool = True
     embeddings: bool = True
     statistics: bool = True
-    trees: int = Field(default=4, ge=0)
+    trees: int = Field(default=1, ge=0)
     learned_probes: LearnedProbesConfig = LearnedProbesConfig()
     fit: FitConfig = FitConfig(
-        epochs=24, patience=10, batch_size=32, learning_rate=2e-3, weight_decay=0.05
+        epochs=24, patience=10, batch_size=32, learning_rate=2e-3, weight_decay=0.05, folds=3
     )
 
 
@@ -604,7 +605,8 @@ class WeightNetPredictor(ModulePredictor):
             )
         reader = TokenReader(config, responses=probed)
         super().__init__(name, config, properties, seed, reader=reader, fit=config.fit)
-        self.trees, self.answer_trees = TreeBags(config.trees), TreeBags(config.trees)
+        self.trees = TreeBags(config.trees)
+        self.answer_trees = TreeBags(config.trees * config.fit.members)
         self.probes = LearnedProbes(learned, seed) if learned.per_class else None
         self.narrower = np.ones(len(properties))  # the spread where there are answers
         self._answers: WeakKeyDictionary[Networks, Array] = WeakKeyDictionary()
@@ -618,18 +620,18 @@ class WeightNetPredictor(ModulePredictor):
         *,
         log: Log | None,
         checkpoint: Path | None,
-    ) -> None:
+    ) -> Estimate | None:
         if self.probes is not None and ACCURACY not in self.properties:
             raise ValueError(
                 f"properties must have {ACCURACY}, by which learned probes choose teachers, "
                 f"however: {', '.join(self.properties)}; set learned_probes.per_class=0"
             )
-        super()._train(
-            train, targets, validation, validation_targets, log=log, checkpoint=checkpoint
-        )
+        self._fit_modules(train, targets, validation, validation_targets, log, checkpoint)
         if self.trees.bags:
             rows, held_out = self.reader.rows(train), self.reader.rows(validation)
-            self.trees.fit(rows, targets, held_out, validation_targets, seed=self.seed)
+            self.trees.fit(
+                rows, targets, held_out, validation_targets, seed=self.seed, folds=self.folds
+            )
         if self.probes is not None:
             self.probes.fit(train, targets[:, self.properties.index(ACCURACY)])
             known, held_out_known = self._answered(train), self._answered(validation)
@@ -640,32 +642,35 @@ class WeightNetPredictor(ModulePredictor):
                     self._answer_rows(validation)[held_out_known],
                     validation_targets[held_out_known],
                     seed=self.seed,
+                    folds=[np.zeros(known.sum(), dtype=bool)],
                 )
                 self.narrower = self._gain(validation, validation_targets)
+            return None  # all training networks had a part in the probes
+        return self._estimate_unseen(train, validation, validation_targets)
 
     def _gain(self, validation: Networks, targets: Array) -> Array:
         """How large the errors are of trees that read answers, in units of those without [P]."""
         known = self._answered(validation)
         told = self.answer_trees.predict(self._answer_rows(validation)[known]) - targets[known]
-        untold = self._estimate_untold(validation)[0][known] - targets[known]
+        untold = super()._estimate(validation).mean[known] - targets[known]
         measured = np.isfinite(told)
         squares = [np.where(measured, one, 0) ** 2 for one in (told, untold)]
         least = np.finfo(np.float64).tiny
         return np.sqrt((squares[0].sum(0) + least) / (squares[1].sum(0) + least)).clip(0.1, 1)
 
-    def _estimate(self, networks: Networks) -> tuple[Array, Array]:
-        mean, spread = self._estimate_untold(networks)
+    def _estimate(self, networks: Networks) -> Estimate:
+        mean, spread = super()._estimate(networks)
         if self.probes is not None and (known := self._answered(networks)).any():
             mean[known] = self.answer_trees.predict(self._answer_rows(networks)[known])
             spread[known] *= self.narrower
-        return mean, spread
+        return Estimate(mean, spread)
 
-    def _estimate_untold(self, networks: Networks) -> tuple[Array, Array]:
-        """The network and the trees on statistics, which need no answers."""
-        mean, spread = super()._estimate(networks)
+    def _ask(self, member: int, networks: Networks, batches: Batches, chosen: Longs) -> Estimate:
+        """A network and its trees on statistics, which need no answers."""
+        mean, spread = super()._ask(member, networks, batches, chosen)
         if self.trees.bags:
-            mean = (mean + self.trees.predict(self.reader.rows(networks))) / 2
-        return mean, spread
+            mean = (mean + self.trees.predict(self.reader.rows(networks)[chosen], member)) / 2
+        return Estimate(mean, spread)
 
     def _answer_rows(self, networks: Networks) -> Array:
         """The statistics of whole networks and their answers to the learned probes [B, S]."""

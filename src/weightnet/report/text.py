@@ -191,9 +191,9 @@ def _judging(evidence: Evidence) -> str:
     lines = [
         "## How predictors are judged",
         "Networks are divided by run, from a hash of the run's id, so that nothing of a tested "
-        "run is ever trained on. Validation networks choose settings and calibrate intervals; "
-        "test networks only test. A value is the mean over seeds of the metric on each "
-        "seed's test networks.",
+        "run is ever trained on. Validation networks choose settings and stop the training; test "
+        "networks only test. A value is the mean over seeds of the metric on each seed's test "
+        "networks.",
     ]
     sizes = evidence.sizes
     if sizes is not None and len(sizes):
@@ -340,10 +340,12 @@ def _intervals(evidence: Evidence) -> str:
     lines = [
         "## Are the intervals honest?",
         "Each prediction comes with an interval that should hold the measured value "
-        f"{NOMINAL:.0%} of the time. It is calibrated on validation networks, which promises "
-        "that share only where test networks are like them: in distribution. Elsewhere, too "
-        "small a share is the price of an unfamiliar network. The square brackets say what other "
-        "validation and other test networks would have given: both are resampled.",
+        f"{NOMINAL:.0%} of the time. It is calibrated on networks that what predicts them was "
+        "not trained on: parts of the training networks that are left out in turn, or validation "
+        "networks. That promises this share only where test networks are like them: in "
+        "distribution. Elsewhere, too small a share is the price of an unfamiliar network. The "
+        "square brackets say what other networks to calibrate and to test would have given: both "
+        "are resampled.",
     ]
     for name in names:
         own = covered[covered["predictor"] == name]
