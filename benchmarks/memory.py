@@ -29,6 +29,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from weightnet.compute import single_thread
 from weightnet.predictors.fitting import FitConfig
 from weightnet.predictors.weightnet import TokenReader, WeightNetConfig
 from weightnet.predictors.weightnet import build as build_predictor
@@ -164,7 +165,7 @@ def report(
     shape: Shape,
 ) -> None:
     """Run a step and send its peaks of memory in MB and its seconds."""
-    torch.set_num_threads(1)
+    single_thread()
     architecture(shape)  # what is loaded once is not counted
     with suppress(OSError):  # where it is not allowed, an earlier peak counts
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is held now

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from weightnet.compute import single_thread
 from weightnet.predictors import Predictor
 from weightnet.predictors.fitting import FitConfig
 from weightnet.predictors.weightnet import WeightNetConfig, WeightNetPredictor, build
@@ -38,7 +39,7 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="A fitted WeightNet.")] = None,
 ) -> None:
     """Print the seconds of each part of a prediction."""
-    torch.set_num_threads(1)
+    single_thread()
     count, rounds = (100, 1) if quick else (count, rounds)
     with tempfile.TemporaryDirectory() as temporary:
         tokens = Path(temporary) / "tokens"

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from weightnet.compute import default_device
+from weightnet.compute import default_device, single_thread
 from weightnet.predictors.fitting import Batches, gaussian_nll
 from weightnet.predictors.weightnet import TokenReader, WeightNetConfig
 from weightnet.symmetry import trace
@@ -75,7 +75,7 @@ def main(
     batches: Annotated[int, typer.Option(help="Training steps of each size.")] = 24,
 ) -> None:
     """Print WeightNet's throughput on networks of several sizes."""
-    torch.set_num_threads(1)
+    single_thread()
     config = WeightNetConfig(trees=0)
     device = default_device()
     table = Table(

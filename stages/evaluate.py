@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 import typer
 from pydantic import Field
 
@@ -19,6 +18,7 @@ from weightnet.command import (
     reported,
     writing,
 )
+from weightnet.compute import single_thread
 from weightnet.durable import replace_file, sweep, write_text
 from weightnet.evaluation.interpretation import AGREEMENT, IMPORTANCE, interpret
 from weightnet.evaluation.invariance import audit
@@ -159,5 +159,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    single_thread()
     typer.run(main)

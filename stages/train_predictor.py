@@ -10,7 +10,6 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 import typer
 from dvclive.live import Live
 from pydantic import Field
@@ -24,7 +23,7 @@ from weightnet.command import (
     write_table,
     writing,
 )
-from weightnet.compute import default_jobs, tell, worker_pool
+from weightnet.compute import default_jobs, single_thread, tell, worker_pool
 from weightnet.durable import expect_writable, replace_folder, sweep
 from weightnet.evaluation.splits import SPLITS, SplitsConfig, assign
 from weightnet.params import Params
@@ -78,7 +77,7 @@ def train_some(
     ``tell`` is told of each epoch: it shows the progress, perhaps in another process. The
     checkpoints stay until all seeds are done, so that a finished one is not fitted again.
     """
-    torch.set_num_threads(1)
+    single_thread()
     networks = read_networks([TOKENS / family for family in training.families]).read_together()
     return [train_seed(training, networks, seed, tell) for seed in seeds]
 

@@ -109,6 +109,7 @@ ABLATIONS: tuple[Ablation, ...] = (
     Ablation("blocks-2", "size", (f"{_W}.blocks=2",)),
     Ablation("blocks-4", "size", (f"{_W}.blocks=4",)),
     Ablation("one-fold", "size", (f"{_W}.fit.folds=1", f"{_W}.trees=4")),
+    Ablation("training-tokens-16", "size", (f"{_W}.training_tokens=16",)),
     Ablation("width-32", "size", (f"{_W}.width=32",)),
     Ablation("width-128", "size", (f"{_W}.width=128",)),
     *(

@@ -13,6 +13,17 @@ from contextlib import contextmanager
 from multiprocessing.queues import Queue
 
 import torch
+from threadpoolctl import threadpool_limits
+
+
+def single_thread() -> None:
+    """Let this process compute with one thread.
+
+    Processes that share cores wait for each other's threads, and NumPy's linear algebra rounds
+    otherwise for each number of threads (`torch.set_num_threads` does not reach it).
+    """
+    torch.set_num_threads(1)
+    threadpool_limits(1)
 
 
 def default_device() -> torch.device:
@@ -99,7 +110,7 @@ def _start_worker(notes: Queue[str]) -> None:
     global _notes
     _notes = notes
     _end_with_parent()
-    torch.set_num_threads(1)
+    single_thread()
 
 
 def _end_with_parent() -> None:

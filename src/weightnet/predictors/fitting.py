@@ -39,9 +39,8 @@ class FitConfig(Params):
     bound. ``patience`` is the number of epochs without a better ``monitor`` (on validation: mean
     squared error, Gaussian negative log-likelihood or mean tau-b) after which the fit stops.
     ``ema_decay`` above 0 evaluates and keeps an exponential moving average of the weights.
-    ``beta`` is that of the loss. With
-    ``folds`` above 1 so many modules more are fitted, each without another part of the training
-    networks (see `cut_folds`), and all are averaged.
+    ``beta`` is that of the loss. With ``folds`` above 1 so many modules more are fitted, each
+    without another part of the training networks (see `cut_folds`), and all are averaged.
     """
 
     epochs: int = Field(default=100, gt=0)

@@ -107,7 +107,7 @@ class WeightNetConfig(Params):
     points: int = Field(default=4, gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     training_layers: int = Field(default=20, gt=0)
-    training_tokens: int = Field(default=16, gt=0)
+    training_tokens: int = Field(default=4, gt=0)
     intra_layer: bool = True
     cross_layer: bool = True
     tokens: Literal["statistics", "raw"] = "statistics"
