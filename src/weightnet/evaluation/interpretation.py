@@ -76,8 +76,8 @@ def interpret(
     if other is not None:
         maps["retrained"] = attributions(other, networks)
     with seeded(predictor.seed, "random importance"):
-        random = reading.reader.module(len(predictor.properties))
-    maps["randomized"] = _attributions([random], batches, networks, reading.fit_config)
+        random = [reading.reader.module(len(predictor.properties)) for _ in reading.modules]
+    maps["randomized"] = _attributions(random, batches, networks, reading.fit_config)
     features = token_features(networks)
     norm = features.values[:, features.names.index("row_l2")]
     shares, agreements = [], []

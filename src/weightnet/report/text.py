@@ -482,10 +482,12 @@ def _interpretation(evidence: Evidence) -> str:
         else "The check holds for every property: a randomized model gives another map."
     )
     if "retrained" in others:
+        every = len(repeated) == len(rows)
         said += (
             " Another seed's map correlates with the trained one, and more than the randomized "
-            f"one, for {enumerate_words(repeated)}; read the others as the maps of one model, "
-            "not as facts about networks."
+            f"one, for {'every property' if every else enumerate_words(repeated)}; read "
+            f"{'what differs' if every else 'the others'} as the maps of one model, not as facts "
+            "about networks."
             if repeated
             else " Another seed's map correlates with the trained one no more than the randomized "
             "one: read these maps as those of one model, not as facts about networks."
