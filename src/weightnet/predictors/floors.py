@@ -49,14 +49,13 @@ class MeanPredictor(Predictor):
         *,
         log: Log | None,
         checkpoint: Path | None,
-    ) -> Estimate | None:
+    ) -> None:
         self._overall = _known_mean(targets, np.zeros(targets.shape[1]))
         self._means = {}
         if self.by_family:
             families = train.frame["family"].to_numpy()
             for family in sorted(set(families)):
                 self._means[str(family)] = _known_mean(targets[families == family], self._overall)
-        return None
 
     def _estimate(self, networks: Networks) -> Estimate:
         families = networks.frame["family"] if self.by_family else [""] * len(networks)

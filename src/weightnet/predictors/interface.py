@@ -117,14 +117,16 @@ class Predictor(ABC):
                     f"or choose another split"
                 )
         self._targets = Standardizer.fit(measured, _LIMIT)
-        unseen = self._train(
+        held_out_targets = self._targets.transform(held_out)
+        self._train(
             train,
             self._targets.transform(measured),
             validation,
-            self._targets.transform(held_out),
+            held_out_targets,
             log=log,
             checkpoint=checkpoint,
         )
+        unseen = self._estimate_unseen(train, validation, held_out_targets)
         networks, known = (validation, held_out) if unseen is None else (train, measured)
         estimate = self._estimate_some(validation) if unseen is None else unseen
         self._factors = conformal_factors(known, *self._in_units(estimate), LEVEL)
@@ -201,9 +203,15 @@ class Predictor(ABC):
         *,
         log: Log | None,
         checkpoint: Path | None,
+    ) -> None:
+        """Learn from standardized targets [B, P], NaN where missing."""
+
+    def _estimate_unseen(
+        self, train: Networks, validation: Networks, validation_targets: Array
     ) -> Estimate | None:
-        """Learn from standardized targets [B, P], NaN where missing. Return what is estimated of
-        each network of ``train`` by what was fitted without it, if that is known."""
+        """Estimate each network of ``train`` by what was fitted without it, after `_train`; None
+        if all that was fitted saw it."""
+        return None
 
     @abstractmethod
     def _estimate(self, networks: Networks) -> Estimate:

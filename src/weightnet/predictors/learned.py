@@ -83,18 +83,6 @@ class ModulePredictor(Predictor):
         *,
         log: Log | None,
         checkpoint: Path | None,
-    ) -> Estimate | None:
-        self._fit_modules(train, targets, validation, validation_targets, log, checkpoint)
-        return self._estimate_unseen(train, validation, validation_targets)
-
-    def _fit_modules(
-        self,
-        train: Networks,
-        targets: Array,
-        validation: Networks,
-        validation_targets: Array,
-        log: Log | None,
-        checkpoint: Path | None,
     ) -> None:
         config = self.fit_config
         self.reader.prepare(train)
@@ -164,7 +152,7 @@ class ModulePredictor(Predictor):
         return Estimate(mean.numpy(), np.exp(log_sigma.numpy()))
 
     def _estimate_unseen(
-        self, train: Networks, validation: Networks, targets: Array
+        self, train: Networks, validation: Networks, validation_targets: Array
     ) -> Estimate | None:
         """Of each training network, by the member that was fitted without it; None if there is one
         member only.
@@ -186,9 +174,9 @@ class ModulePredictor(Predictor):
         if len(validation) == 0:
             return unseen
         members = self._ask_all(validation)
-        known = np.isfinite(targets)
+        known = np.isfinite(validation_targets)
         errors = [
-            np.where(known, np.abs(targets - one.mean) / one.spread, 0.0).sum(axis=0)
+            np.where(known, np.abs(validation_targets - one.mean) / one.spread, 0.0).sum(axis=0)
             for one in [*members, _average(members)]
         ]
         least = np.finfo(np.float64).tiny

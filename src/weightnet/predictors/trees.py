@@ -111,7 +111,7 @@ class TreePredictor(Predictor):
         *,
         log: Log | None,
         checkpoint: Path | None,
-    ) -> Estimate | None:
+    ) -> None:
         train_features = self.features(train)
         self.encoder.fit(train_features)
         rows = self.encoder.transform(train_features)
@@ -135,7 +135,6 @@ class TreePredictor(Predictor):
                     mean = _predict([search.best for search in searches], held_out)
                     log(_metrics(mean, held_out_labels), permutation * budget + step)
             self._models.append([search.best for search in searches])
-        return None
 
     def _estimate(self, networks: Networks) -> Estimate:
         rows = self.encoder.transform(self.features(networks))

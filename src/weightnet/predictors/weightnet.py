@@ -620,13 +620,15 @@ class WeightNetPredictor(ModulePredictor):
         *,
         log: Log | None,
         checkpoint: Path | None,
-    ) -> Estimate | None:
+    ) -> None:
         if self.probes is not None and ACCURACY not in self.properties:
             raise ValueError(
                 f"properties must have {ACCURACY}, by which learned probes choose teachers, "
                 f"however: {', '.join(self.properties)}; set learned_probes.per_class=0"
             )
-        self._fit_modules(train, targets, validation, validation_targets, log, checkpoint)
+        super()._train(
+            train, targets, validation, validation_targets, log=log, checkpoint=checkpoint
+        )
         if self.trees.bags:
             rows, held_out = self.reader.rows(train), self.reader.rows(validation)
             self.trees.fit(
@@ -645,8 +647,13 @@ class WeightNetPredictor(ModulePredictor):
                     folds=[np.zeros(known.sum(), dtype=bool)],
                 )
                 self.narrower = self._gain(validation, validation_targets)
+
+    def _estimate_unseen(
+        self, train: Networks, validation: Networks, validation_targets: Array
+    ) -> Estimate | None:
+        if self.probes is not None:
             return None  # all training networks had a part in the probes
-        return self._estimate_unseen(train, validation, validation_targets)
+        return super()._estimate_unseen(train, validation, validation_targets)
 
     def _gain(self, validation: Networks, targets: Array) -> Array:
         """How large the errors are of trees that read answers, in units of those without [P]."""
