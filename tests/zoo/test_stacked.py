@@ -128,7 +128,7 @@ def test_dropout_keeps_the_expectation_at_each_model_probability(shape: tuple[in
 
     layer = StackedDropout(4)
     layer.probability = torch.tensor([0.0, 0.2, 0.5, 0.8])
-    layer.generator = torch.Generator().manual_seed(0)
+    layer.numbers = torch.Generator().manual_seed(0)
     x = torch.ones(4, 20, 3000) if len(shape) == 2 else torch.ones(shape)
     y = layer.train()(x)
     models = y if y.ndim == 3 else y.unflatten(1, (4, -1)).transpose(0, 1)

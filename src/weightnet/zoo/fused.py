@@ -19,7 +19,7 @@ from torch import Tensor
 Array = np.ndarray[Any, Any]
 kernel = njit(cache=True, nogil=True, error_model="numpy")
 
-_NOWHERE = 4  # no pixel of the window gets a gradient
+NOWHERE = 4  # no pixel of the window gets a gradient
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -32,14 +32,15 @@ def is_channels_last(x: Tensor) -> bool:
     )
 
 
-def _pixels(x: Tensor) -> Array:
+def pixels(x: Tensor) -> Array:
     """[B, height, width, channels], the same memory."""
     array: Array = x.detach().permute(0, 2, 3, 1).numpy()
     return array
 
 
-def _maps_like(x: Tensor, height: int, width: int) -> Tensor:
-    size = (x.shape[0], x.shape[1], height, width)
+def maps_like(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Room for maps of other channels and size, [B, channels, height, width], channels last."""
+    size = (len(x), channels, height, width)
     return torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
 
 
@@ -60,19 +61,18 @@ class MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, floor: float) -> Tensor:
         """[B, channels, height, width] -> [B, channels, height // 2, width // 2]."""
-        out = _maps_like(x, x.shape[2] // 2, x.shape[3] // 2)
-        pixels = _pixels(x)
-        ctx.chosen = np.empty(_pixels(out).shape, np.uint8)
+        out = maps_like(x, x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
+        ctx.chosen = np.empty(pixels(out).shape, np.uint8)
         ctx.size = x.shape[2:]
-        _pool(pixels, pixels.dtype.type(floor), _pixels(out), ctx.chosen)
+        _pool(pixels(x), pixels(x).dtype.type(floor), pixels(out), ctx.chosen)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """The gradient goes to the first largest pixel of its window."""
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        out = _maps_like(gradient, *ctx.size)
-        _unpool(_pixels(gradient), ctx.chosen, _pixels(out))
+        out = maps_like(gradient, gradient.shape[1], *ctx.size)
+        _unpool(pixels(gradient), ctx.chosen, pixels(out))
         return out, None
 
 
@@ -98,7 +98,7 @@ def _pool(x: Array, floor: Any, out: Array, chosen: Array) -> None:
                     largest = value if larger else largest
                     where = np.uint8(3) if larger else where
                     out[b, i, j, c] = floor if largest < floor else largest
-                    chosen[b, i, j, c] = np.uint8(_NOWHERE) if largest <= floor else where
+                    chosen[b, i, j, c] = np.uint8(NOWHERE) if largest <= floor else where
 
 
 @kernel
@@ -120,17 +120,33 @@ def _unpool(gradient: Array, chosen: Array, out: Array) -> None:
         out[b, 2 * height :] = zero
 
 
-class Dropout(torch.autograd.Function):
-    """x * (uniform < keep) / keep, of x as `is_channels_last` wants it, uniform [B, channels,
-    height, width] contiguous and keep [channels]."""
+class Average(torch.autograd.Function):
+    """The mean over all pixels, whose gradient lies in memory as the maps do."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, uniform: Tensor, keep: Tensor) -> Tensor:
-        """[B, channels, height, width] -> the same."""
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """[B, channels, height, width] -> [B, channels, 1, 1]."""
+        ctx.size = x.shape
+        return torch.nn.functional.adaptive_avg_pool2d(x, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """An equal part for each pixel."""
+        part = gradient / (ctx.size[2] * ctx.size[3])
+        return part.expand(ctx.size).contiguous(memory_format=torch.channels_last)
+
+
+class Dropout(torch.autograd.Function):
+    """x * (uniform < keep) / keep of S models' maps, as `is_channels_last` wants them; uniform is
+    drawn as [B, S * channels, height, width], keep is [S]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, numbers: Uniform, keep: Tensor) -> Tensor:
+        """[B, S * channels, height, width] -> the same."""
         out = torch.empty_like(x)
-        ctx.mask = np.empty(_pixels(x).shape, np.uint8)
-        ctx.keep = keep.numpy()
-        _drop(_pixels(x), uniform.numpy(), ctx.keep, _pixels(out), ctx.mask)
+        ctx.mask = np.empty(pixels(x).shape, np.uint8)
+        ctx.keep = np.repeat(keep.numpy(), x.shape[1] // len(keep))
+        numbers.drop(pixels(x), ctx.keep, pixels(out), ctx.mask)
         return out
 
     @staticmethod
@@ -140,20 +156,8 @@ class Dropout(torch.autograd.Function):
             mask = torch.from_numpy(ctx.mask).permute(0, 3, 1, 2)
             return gradient / torch.from_numpy(ctx.keep)[:, None, None] * mask, None, None
         out = torch.empty_like(gradient)
-        _undrop(_pixels(gradient), ctx.mask, ctx.keep, _pixels(out))
+        _undrop(pixels(gradient), ctx.mask, ctx.keep, pixels(out))
         return out, None, None
-
-
-@kernel
-def _drop(x: Array, uniform: Array, keep: Array, out: Array, mask: Array) -> None:
-    batch, height, width, channels = x.shape
-    for b in range(batch):
-        for i in range(height):
-            for j in range(width):
-                for c in range(channels):
-                    kept = np.uint8(uniform[b, c, i, j] < keep[c])
-                    mask[b, i, j, c] = kept
-                    out[b, i, j, c] = x[b, i, j, c] * x.dtype.type(kept) / keep[c]
 
 
 @kernel
@@ -193,7 +197,7 @@ class DepthwiseConvolution(torch.autograd.Function):
         )
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         sums = torch.zeros(weight.shape[2:] + weight.shape[:1], dtype=x.dtype)
-        _correlate(_pixels(x), _pixels(gradient), padding, sums.numpy())
+        _correlate(pixels(x), pixels(gradient), padding, sums.numpy())
         return to_x, sums.permute(2, 0, 1)[:, None].contiguous(), to_bias, None
 
 
@@ -214,16 +218,27 @@ def _correlate(x: Array, gradient: Array, padding: int, out: Array) -> None:
                         out[k, m, c] += row[c]
 
 
-def rand(size: torch.Size, generator: torch.Generator) -> Tensor:
-    """torch.rand on the CPU: the same numbers, and the generator left in the same state."""
-    state = generator.get_state()
-    left, words = state[8:12].numpy().view(np.int32), state[16:5016].numpy().view(np.uint64)
-    block = words[1:].astype(np.uint32)  # of the Mersenne Twister
-    out = torch.empty(size)
-    drawn = _twist(block, 625 - int(left[0]), out.view(-1).numpy())
-    left[0], words[0], words[1:] = 625 - drawn, drawn, block
-    generator.set_state(state)
-    return out
+class Uniform:
+    """What torch.rand would draw from a generator of the CPU."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        state = generator.get_state()
+        left, words = state[8:12].numpy().view(np.int32), state[24:5016].numpy().view(np.uint64)
+        self._block = words.astype(np.uint32)  # of the Mersenne Twister
+        self._drawn = 625 - int(left[0])
+
+    def rand(self, size: torch.Size) -> Tensor:
+        """Numbers in [0, 1), float32."""
+        out = torch.empty(size)
+        self._drawn = _twist(self._block, self._drawn, out.view(-1).numpy())
+        return out
+
+    def drop(self, x: Array, keep: Array, out: Array, mask: Array) -> None:
+        """Write x * mask / keep, and mask: whether a number is below keep [channels].
+
+        Maps are [B, height, width, channels]; numbers are drawn as [B, channels, height, width].
+        """
+        self._drawn = _drop(self._block, self._drawn, x, keep, out, mask)
 
 
 @kernel
@@ -246,36 +261,59 @@ def _twist(block: Array, drawn: int, out: Array) -> int:
             block[623] = _mix(block[623], block[0], block[396])
             drawn = 0
         count = min(624 - drawn, len(out) - done)
+        words, numbers = block[drawn : drawn + count], out[done : done + count]
         for i in range(count):
-            word = block[drawn + i]
+            word = words[i]
             word ^= word >> np.uint32(11)
             word ^= (word << np.uint32(7)) & np.uint32(0x9D2C5680)
             word ^= (word << np.uint32(15)) & np.uint32(0xEFC60000)
             word ^= word >> np.uint32(18)
-            out[done + i] = np.float32(np.int32(word & np.uint32(0xFFFFFF))) * np.float32(2**-24)
+            numbers[i] = np.float32(np.int32(word & np.uint32(0xFFFFFF))) * np.float32(2**-24)
         drawn += count
         done += count
     return drawn
 
 
-def gather(images: Tensor, indices: Tensor, offsets: Tensor | None, out: Tensor) -> None:
-    """Write images [N, channels, height, width] number ``indices`` [B] to ``out`` [B, channels,
-    height, width], each shifted by its offsets [B, 2], filling with the edge."""
-    if offsets is None:
-        offsets = torch.zeros(len(indices), 2, dtype=torch.int64)
+@kernel
+def _drop(block: Array, drawn: int, x: Array, keep: Array, out: Array, mask: Array) -> int:
+    batch, height, width, channels = x.shape
+    numbers = np.empty((channels, height * width), np.float32)
+    kept = np.empty(numbers.shape, np.uint8)
+    for b in range(batch):
+        drawn = _twist(block, drawn, numbers.reshape(-1))
+        for c in range(channels):
+            for pixel in range(height * width):
+                kept[c, pixel] = np.uint8(numbers[c, pixel] < keep[c])
+        for pixel in range(height * width):
+            i, j = pixel // width, pixel % width
+            for c in range(channels):
+                mask[b, i, j, c] = kept[c, pixel]
+            for c in range(channels):
+                out[b, i, j, c] = x[b, i, j, c] * x.dtype.type(mask[b, i, j, c]) / keep[c]
+    return drawn
+
+
+def gather(images: Tensor, indices: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """Write images [N, channels, height, width] number ``indices`` [S, B] to ``out`` [S, B,
+    channels, height, width], each shifted by its offsets [S, B, 2], filling with the edge."""
     _gather(images.numpy(), indices.numpy(), offsets.numpy(), out.numpy())
 
 
 @kernel
 def _gather(images: Array, indices: Array, offsets: Array, out: Array) -> None:
-    batch, channels, height, width = out.shape
+    models, batch, channels, height, width = out.shape
+    columns = np.empty(width, np.int64)
     for b in range(batch):
-        for i in range(height):
-            y = min(max(i + offsets[b, 0], 0), height - 1)
+        for s in range(models):
+            down, right = offsets[s, b]
             for j in range(width):
-                x = min(max(j + offsets[b, 1], 0), width - 1)
-                for c in range(channels):
-                    out[b, c, i, j] = images[indices[b], c, y, x]
+                columns[j] = min(max(j + right, 0), width - 1)
+            for c in range(channels):
+                image = images[indices[s, b], c]
+                for i in range(height):
+                    row = image[min(max(i + down, 0), height - 1)]
+                    for j in range(width):
+                        out[s, b, c, i, j] = row[columns[j]]
 
 
 def update(

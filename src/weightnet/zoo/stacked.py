@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from weightnet.zoo import fused
+from weightnet.zoo.first_layer import FirstLayer
 
 State = dict[str, Tensor]
 
@@ -50,7 +51,10 @@ _POINTWISE_FUNCTIONS = (
 
 class StackedConv2d(nn.Module):
     """S convolutions as one grouped convolution: [B, S * inputs, h, w] -> [B, S * outputs, h',
-    w']."""
+    w'].
+
+    ``pool`` follows, where there is one: with a first layer it is one kernel.
+    """
 
     def __init__(self, conv: nn.Conv2d, stack: int) -> None:
         super().__init__()
@@ -59,19 +63,30 @@ class StackedConv2d(nn.Module):
         self.arguments = (conv.stride, conv.padding, conv.dilation)
         self.groups = conv.groups * stack
         self.same = int(conv.padding[0])
-        self.fused = (
-            conv.in_channels == conv.out_channels == conv.groups
-            and (conv.stride, conv.dilation) == ((1, 1), (1, 1))
+        keeps_size = (
+            (conv.stride, conv.dilation) == ((1, 1), (1, 1))
             and conv.padding == (self.same, self.same)
             and conv.kernel_size == (2 * self.same + 1, 2 * self.same + 1)
         )
+        self.depthwise = keeps_size and conv.in_channels == conv.out_channels == conv.groups
+        self.reads_grey = (
+            keeps_size and conv.in_channels == 1 < conv.out_channels and conv.bias is not None
+        )
+        self.pool: StackedMaxPool2d | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve each model's channels with its own kernels."""
-        if self.fused and max(x.shape[2:]) <= 2 and fused.is_channels_last(x):
-            depthwise = fused.DepthwiseConvolution.apply(x, self.weight, self.bias, self.same)
-            return cast(Tensor, depthwise)
-        return F.conv2d(x, self.weight, self.bias, *self.arguments, self.groups)  # type: ignore[arg-type]
+        if fused.is_channels_last(x):
+            if self.depthwise and max(x.shape[2:]) <= 2:
+                return cast(
+                    Tensor,
+                    fused.DepthwiseConvolution.apply(x, self.weight, self.bias, self.same),
+                )
+            readable = x.shape[1] > 1 and x.dtype == torch.float32 and not x.requires_grad
+            if self.pool is not None and readable:
+                return cast(Tensor, FirstLayer.apply(x, self.weight, self.bias, self.pool.floor))
+        y = F.conv2d(x, self.weight, self.bias, *self.arguments, self.groups)  # type: ignore[arg-type]
+        return y if self.pool is None else self.pool(y)
 
 
 class StackedLinear(nn.Module):
@@ -98,25 +113,24 @@ class StackedDropout(nn.Module):
         super().__init__()
         self.stack = stack
         self.probability = torch.zeros(stack)
-        self.generator: torch.Generator | None = None
+        self.numbers: fused.Uniform | torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero each entry with its model's probability and rescale the rest; identity in eval
         mode."""
-        if not self.training or not bool(self.probability.any()):
+        if not self.training or not any(self.probability.tolist()):
             return x
         keep = 1 - self.probability
-        if x.device.type == "cpu" and self.generator is not None:
-            uniform = fused.rand(x.shape, self.generator)
+        if isinstance(self.numbers, fused.Uniform):
+            if fused.is_channels_last(x) and x.dtype == keep.dtype:
+                return cast(Tensor, fused.Dropout.apply(x, self.numbers, keep))
+            uniform = self.numbers.rand(x.shape)
         else:
-            uniform = torch.rand(x.shape, generator=self.generator, device=x.device)
+            uniform = torch.rand(x.shape, generator=self.numbers, device=x.device)
         if x.ndim == 3:
             keep = keep.view(self.stack, 1, 1)
         else:
-            keep = keep.repeat_interleave(x.shape[1] // self.stack)
-            if fused.is_channels_last(x) and x.dtype == keep.dtype:
-                return cast(Tensor, fused.Dropout.apply(x, uniform, keep))
-            keep = keep.view(1, -1, 1, 1)
+            keep = keep.repeat_interleave(x.shape[1] // self.stack).view(1, -1, 1, 1)
             uniform = uniform.contiguous(memory_format=torch.channels_last)
         return x * (uniform < keep) / keep
 
@@ -134,15 +148,29 @@ class StackedMaxPool2d(nn.Module):
         super().__init__()
         self.pool, self.rectify = pool, rectify
         self.fused = str(pool) == str(nn.MaxPool2d(2))
+        self.floor = 0.0 if rectify else math.nan
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, height, width] -> [B, channels, height', width']."""
         if self.fused and fused.is_channels_last(x):
-            return cast(Tensor, fused.MaxPool.apply(x, 0.0 if self.rectify else math.nan))
+            return cast(Tensor, fused.MaxPool.apply(x, self.floor))
         pooled: Tensor = self.pool(x)
         if not self.rectify:
             return pooled
         return self.pool(F.relu(x)) if pooled.shape[2:] == (1, 1) else F.relu(pooled)
+
+
+class StackedAverage(nn.Module):
+    """The mean of each map, for maps that a ReLU made.
+
+    Other activations round their gradients differently in another layout.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, height, width] -> [B, channels, 1, 1]."""
+        if fused.is_channels_last(x) and max(x.shape[2:]) > 1:
+            return cast(Tensor, fused.Average.apply(x))
+        return F.adaptive_avg_pool2d(x, 1)
 
 
 class WrittenOver(nn.Module):
@@ -219,6 +247,20 @@ def _restack(module: fx.GraphModule, stack: int) -> None:
         node.args, node.kwargs = (node.args[0],), {}
 
 
+def _skip(module: fx.GraphModule, node: Any) -> None:
+    """Let the readers of a node read what it reads."""
+    node.replace_all_uses_with(node.args[0])
+    module.graph.erase_node(node)
+
+
+def _skip_identities(module: fx.GraphModule) -> None:
+    """Leave out what does nothing, in place."""
+    layers = dict(module.named_modules())
+    for node in list(module.graph.nodes):
+        if isinstance(layers.get(str(node.target)), nn.Identity):
+            _skip(module, node)
+
+
 def _pool_before_relu(module: fx.GraphModule) -> None:
     """Join every ReLU whose only reader is a max-pooling with it, in place."""
     layers = dict(module.named_modules())
@@ -230,8 +272,35 @@ def _pool_before_relu(module: fx.GraphModule) -> None:
         if isinstance(layer, StackedMaxPool2d):
             module.add_submodule(f"{relu.name}_pooled", StackedMaxPool2d(layer.pool, True))
             pool.target = f"{relu.name}_pooled"
-            relu.replace_all_uses_with(relu.args[0])
-            module.graph.erase_node(relu)
+            _skip(module, relu)
+
+
+def _average_rectified(module: fx.GraphModule) -> None:
+    """Let means of rectified maps be `StackedAverage`, in place."""
+    layers = dict(module.named_modules())
+    for node in module.graph.nodes:
+        layer = layers.get(str(node.target))
+        if not isinstance(layer, nn.AdaptiveAvgPool2d) or layer.output_size not in (1, (1, 1)):
+            continue
+        source = node.args[0]
+        if isinstance(layers.get(str(source.target)), StackedDropout) and len(source.users) == 1:
+            source = source.args[0]
+        if isinstance(layers.get(str(source.target)), nn.ReLU | nn.ReLU6 | StackedMaxPool2d):
+            module.set_submodule(str(node.target), StackedAverage())
+
+
+def _pool_first_layers(module: fx.GraphModule) -> None:
+    """Let convolutions of images pool their maps, in place, where nobody else reads these."""
+    layers = dict(module.named_modules())
+    for node in list(module.graph.nodes):
+        pool = layers.get(str(node.target))
+        if not isinstance(pool, StackedMaxPool2d) or not pool.fused:
+            continue
+        (source,) = node.args
+        conv = layers.get(str(source.target))
+        if isinstance(conv, StackedConv2d) and conv.reads_grey and len(source.users) == 1:
+            conv.pool = pool
+            _skip(module, node)
 
 
 def _write_over(module: fx.GraphModule) -> None:
@@ -299,7 +368,10 @@ class StackedModule(nn.Module):
             if name and not list(layer.children()) and not isinstance(layer, nn.Sequential):
                 traced.set_submodule(name, _stacked_layer(layer, stack, name))
         _restack(traced, stack)
+        _skip_identities(traced)
         _pool_before_relu(traced)
+        _average_rectified(traced)
+        _pool_first_layers(traced)
         _write_over(traced)
         traced.delete_all_unused_submodules()
         traced.recompile()
@@ -312,10 +384,12 @@ class StackedModule(nn.Module):
         return self.module(x.contiguous(memory_format=torch.channels_last))
 
     def set_dropout(self, probabilities: Tensor, generator: torch.Generator) -> None:
-        """Give each model its dropout probability [S]."""
+        """Give each model its dropout probability [S]; masks come from the generator."""
+        on_cpu = generator.device.type == "cpu"
+        numbers = fused.Uniform(generator) if on_cpu else generator
         for layer in self.modules():
             if isinstance(layer, StackedDropout):
-                layer.probability, layer.generator = probabilities, generator
+                layer.probability, layer.numbers = probabilities, numbers
 
     @torch.no_grad()
     def keep(self, rows: Tensor) -> None:
@@ -350,6 +424,11 @@ class StackedModule(nn.Module):
         """Copy S plain state dicts into the stack."""
         for name, view in self.stacked_state().items():
             view.copy_(torch.stack([state[name] for state in states]))
+
+    def are_finite(self) -> Tensor:
+        """Whether each model's state is finite, [S]."""
+        found = [torch.isfinite(t.flatten(1)).all(1) for t in self.stacked_state().values()]
+        return torch.stack(found).all(0)
 
     def states(self) -> list[State]:
         """Copies of the S plain state dicts (floating-point tensors)."""

@@ -107,44 +107,47 @@ def shift(images: Tensor, offsets: Tensor, reach: int) -> Tensor:
     return padded[torch.arange(len(images))[:, None, None, None], channels, rows, columns]
 
 
-class _Run:
-    """One run's data: what it trains on, in which order."""
+class _Batches:
+    """What the runs see, step by step."""
 
-    def __init__(self, recipe: Recipe, task: Task, images: Tensor) -> None:
-        self.recipe = recipe
-        self.indices, self.labels = training_subset(recipe, task)
-        self.images = images
-        self.order = batch_order(recipe)
-        self.shifts = shift_order(recipe) if recipe["augmentation"] else None
+    def __init__(
+        self, recipes: list[Recipe], task: Task, images: Tensor, device: torch.device
+    ) -> None:
+        size = (max(recipe["steps"] for recipe in recipes), len(recipes), recipes[0]["batch_size"])
+        self.images, self.device = images, device
+        self.chosen = torch.zeros(size, dtype=torch.int64)
+        self.labels = torch.zeros(size, dtype=torch.int64)
+        self.offsets = torch.zeros((*size, 2), dtype=torch.int64)
+        self.reach = max(recipe["augmentation"] for recipe in recipes)
+        for row, recipe in enumerate(recipes):
+            indices, labels = training_subset(recipe, task)
+            order = batch_order(recipe)
+            self.chosen[: len(order), row] = indices[order]
+            self.labels[: len(order), row] = labels[order]
+            if recipe["augmentation"]:
+                self.offsets[: len(order), row] = shift_order(recipe)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Which of the task's images [B] a step sees, and their labels [B]."""
-        positions = self.order[step]
-        return self.indices[positions], self.labels[positions]
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images [S, B, channels, height, width], in memory as a stack reads them, and labels [S,
+        B]."""
+        chosen, offsets = self.chosen[step], self.offsets[step]
+        models, batch = chosen.shape
+        channels, height, width = self.images.shape[1:]
+        room = torch.empty(
+            (batch, height, width, models, channels), dtype=self.images.dtype, device=self.device
+        )
+        inputs = room.permute(3, 0, 4, 1, 2)
+        if self.device.type == "cpu":
+            fused.gather(self.images, chosen, offsets, inputs)
+        else:
+            images = shift(self.images[chosen.flatten()], offsets.flatten(0, 1), self.reach)
+            inputs.copy_(images.view(inputs.shape))
+        return inputs, self.labels[step].to(self.device)
 
-    def put_images(self, step: int, indices: Tensor, out: Tensor) -> None:
-        """Write a step's images to [B, channels, height, width], of any layout."""
-        offsets = None if self.shifts is None else self.shifts[step]
-        if out.device.type == "cpu":
-            fused.gather(self.images, indices, offsets, out)
-            return
-        images = self.images[indices]
-        if offsets is not None:
-            images = shift(images, offsets, self.recipe["augmentation"])
-        out.copy_(images)
-
-
-def _inputs(runs: list[_Run], step: int, indices: list[Tensor], device: str) -> Tensor:
-    """The images of a step, [S, B, channels, height, width], in memory as a stack reads them."""
-    images = runs[0].images
-    batch, (channels, height, width) = len(indices[0]), images.shape[1:]
-    room = torch.empty(
-        (batch, height, width, len(runs), channels), dtype=images.dtype, device=device
-    )
-    inputs = room.permute(3, 0, 4, 1, 2)
-    for run, chosen, out in zip(runs, indices, inputs, strict=True):
-        run.put_images(step, chosen, out)
-    return inputs
+    def keep(self, rows: Tensor) -> None:
+        """Drop the runs that are not in ``rows``."""
+        self.chosen, self.labels = self.chosen[:, rows], self.labels[:, rows]
+        self.offsets = self.offsets[:, rows]
 
 
 class _Optimizer:
@@ -165,7 +168,7 @@ class _Optimizer:
         self.decoupled = column([d if a else 0.0 for a, d in zip(adam, decay, strict=True)])
         self.gain = column([1 - MOMENTUM if a else 1.0 for a in adam])
         self.steps = column([float(recipe["steps"]) for recipe in recipes])
-        self.sizes = [p[0].numel() for p in parameters]
+        self.shapes = [p.shape[1:] for p in parameters]
         self.weights = torch.cat([p.detach().flatten(1) for p in parameters], dim=1)
         self.first = torch.zeros_like(self.weights)
         self.second = torch.zeros_like(self.weights)
@@ -201,6 +204,11 @@ class _Optimizer:
         shrinkage = 1 - rate * self.decoupled
         return rate, shrinkage, 1 - MOMENTUM ** (t + 1), 1 - BETA_SQUARE ** (t + 1)
 
+    def parts(self) -> list[Tensor]:
+        """The weights of each parameter, each [S, ...]."""
+        parts = self.weights.split([math.prod(shape) for shape in self.shapes], dim=1)
+        return [part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
     def keep(self, rows: Tensor) -> None:
         """Drop the models that are not in ``rows``."""
         for name, value in vars(self).items():
@@ -223,7 +231,7 @@ def train_stack(
         {str(k): v for k, v in row.items()} for row in recipes.to_dict("records")
     ]
     images = task.normalize(task.train_images).to(next(module.parameters()).dtype)
-    runs = [_Run(recipe, task, images) for recipe in rows]
+    batches = _Batches(rows, task, images, torch.device(device))
     states: list[State] = []
     for recipe in rows:
         initialize(module, recipe)
@@ -233,33 +241,32 @@ def train_stack(
     diverged_at = [-1] * len(rows)
     dropout = torch_generator("dropout", *(recipe["run"] for recipe in rows))
     alive = list(range(len(rows)))
-    stack = _make_stack(
-        module, [states[i] for i in alive], [rows[i] for i in alive], dropout, device
-    )
+    stack = _make_stack(module, states, rows, dropout, device)
     views = _parameter_views(stack)
-    optimizer = _Optimizer([rows[i] for i in alive], views, torch.device(device))
-    safe = {i: states[i] for i in alive}  # last weights seen to give a finite loss
+    optimizer = _Optimizer(rows, views, torch.device(device))
+    safe = dict(enumerate(states))  # last weights seen to give a finite loss
     step = 0
     while alive:
-        batches = [runs[i].batch(step) for i in alive]
-        inputs = _inputs([runs[i] for i in alive], step, [batch for batch, _ in batches], device)
-        targets = torch.stack([labels for _, labels in batches]).to(device)
+        inputs, targets = batches.at(step)
         logits = stack(inputs)
         losses = (
             F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             .view(len(alive), -1)
             .mean(1)
         )
-        finite = torch.isfinite(losses.detach())
+        finite = torch.isfinite(losses.detach()).tolist()
         if step % SNAPSHOT_STEPS == 0:
-            for row, state in enumerate(stack.states()):
-                if finite[row] and all(bool(torch.isfinite(t).all()) for t in state.values()):
-                    safe[alive[row]] = state
+            whole = stack.are_finite().tolist()
+            for i, state, good in zip(
+                alive, stack.states(), map(all, zip(finite, whole, strict=True)), strict=True
+            ):
+                if good:
+                    safe[i] = state
         gradients = torch.autograd.grad(losses.sum(), list(stack.parameters()))
         optimizer.step(step, [g.view_as(view) for g, view in zip(gradients, views, strict=True)])
-        _write_back(optimizer, views)
+        torch._foreach_copy_(views, optimizer.parts())
         step += 1
-        ended = [bool(~finite[row]) or rows[i]["steps"] <= step for row, i in enumerate(alive)]
+        ended = [not finite[row] or rows[i]["steps"] <= step for row, i in enumerate(alive)]
         if not any(ended):
             continue
         current = stack.states()
@@ -272,6 +279,7 @@ def train_stack(
         alive = [alive[row] for row in keep]
         if alive:
             rows_kept = torch.tensor(keep, device=device)
+            batches.keep(torch.tensor(keep))
             optimizer.keep(rows_kept)
             stack.keep(rows_kept)
             views = _parameter_views(stack)
@@ -297,11 +305,6 @@ def _make_stack(
 
 def _parameter_views(stack: StackedModule) -> list[Tensor]:
     return [p.detach().view(stack.stack, -1, *p.shape[1:]) for p in stack.parameters()]
-
-
-def _write_back(optimizer: _Optimizer, views: list[Tensor]) -> None:
-    for view, values in zip(views, optimizer.weights.split(optimizer.sizes, dim=1), strict=True):
-        view.copy_(values.view_as(view))
 
 
 @torch.no_grad()
