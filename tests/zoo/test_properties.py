@@ -73,7 +73,7 @@ def test_accuracies_and_loss_agree_with_plain_modules(measured: pd.DataFrame) ->
 
 
 def test_adversarial_accuracy_is_plain_fgsm(measured: pd.DataFrame) -> None:
-    mean, deviation = TASK.pixel_statistics()
+    mean, deviation = TASK.pixel_statistics
     pixels = TASK.test_images[:60].float() / 255
     labels = TASK.test_labels[:60]
     for i, module in enumerate(modules()):

@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Task:
         """Height (= width) of an image in pixels."""
         return int(self.train_images.shape[2])
 
+    @cached_property
     def pixel_statistics(self) -> tuple[float, float]:
         """Mean and standard deviation of the training pixels, on the scale 0 .. 1."""
         pixels = self.train_images.to(torch.float64) / 255
@@ -68,8 +69,13 @@ class Task:
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images -> float32 images with zero mean and unit deviation over the training
         pixels."""
-        mean, deviation = self.pixel_statistics()
+        mean, deviation = self.pixel_statistics
         return (images.to(torch.float32) / 255 - mean) / deviation
+
+    @cached_property
+    def train_inputs(self) -> Tensor:
+        """The normalized training images."""
+        return self.normalize(self.train_images)
 
     def digest(self) -> str:
         """SHA-256 of the task's images and labels: part of the key of everything trained on

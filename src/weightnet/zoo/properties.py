@@ -212,7 +212,7 @@ def _train(
             for (indices, _), n in zip(subsets, sizes, strict=True)
         ]
     )
-    images = task.normalize(task.train_images)[padded].to(_device(stack))
+    images = task.train_inputs[padded].to(_device(stack))
     logits = _run(stack, images)
     return [
         Outputs(logits[i : i + 1, :n], labels[None, :n])
@@ -223,7 +223,7 @@ def _train(
 def _perturbed_base(
     task: Task, config: PropertyConfig
 ) -> tuple[Tensor, Tensor, float, float, float]:
-    mean, deviation = task.pixel_statistics()
+    mean, deviation = task.pixel_statistics
     images = task.normalize(task.test_images[: config.perturbed_images])
     labels = task.test_labels[: config.perturbed_images]
     return images, labels, -mean / deviation, (1 - mean) / deviation, deviation

@@ -230,7 +230,7 @@ def train_stack(
     rows: list[Recipe] = [
         {str(k): v for k, v in row.items()} for row in recipes.to_dict("records")
     ]
-    images = task.normalize(task.train_images).to(next(module.parameters()).dtype)
+    images = task.train_inputs.to(next(module.parameters()).dtype)
     batches = _Batches(rows, task, images, torch.device(device))
     states: list[State] = []
     for recipe in rows:
