@@ -27,7 +27,6 @@ LANES = 16  # channels in a vector
 _INT = ir.IntType(32)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _CODES = ir.VectorType(ir.IntType(8), LANES)
-_MASK = ir.VectorType(ir.IntType(1), LANES)
 _ZEROS = ir.Constant(_FLOATS, [0.0] * LANES)
 
 

@@ -257,11 +257,9 @@ def train_stack(
         finite = torch.isfinite(losses.detach()).tolist()
         if step % SNAPSHOT_STEPS == 0:
             whole = stack.are_finite().tolist()
-            for i, state, good in zip(
-                alive, stack.states(), map(all, zip(finite, whole, strict=True)), strict=True
-            ):
-                if good:
-                    safe[i] = state
+            for row, state in enumerate(stack.states()):
+                if finite[row] and whole[row]:
+                    safe[alive[row]] = state
         gradients = torch.autograd.grad(losses.sum(), list(stack.parameters()))
         optimizer.step(step, [g.view_as(view) for g, view in zip(gradients, views, strict=True)])
         torch._foreach_copy_(views, optimizer.parts())
