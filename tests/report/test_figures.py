@@ -96,6 +96,19 @@ def test_a_network_far_beyond_the_others_does_not_hide_them(results: Results) ->
     assert all(not other.texts for other in figure.axes if other is not axes)
 
 
+def test_a_measurement_far_beyond_the_others_does_not_hide_them(results: Results) -> None:
+    networks = results.networks.copy()
+    usual = figures.ceilings(networks).axes[0]
+    names = ["half_a.test_accuracy", "half_b.test_accuracy"]
+    networks.loc[networks.index[0], names] = 1000.0
+    axes = figures.ceilings(networks).axes[0]
+    assert axes.get_xlabel() == "test accuracy, half A" == usual.get_xlabel()
+    assert axes.get_xlim()[1] < 50
+    assert [text.get_text() for text in axes.texts] == ["1 beyond, at the edge"]
+    networks.loc[networks.index[0], names] = np.inf
+    assert figures.ceilings(networks).axes[0].get_xlim()[1] < 50
+
+
 def test_the_users_style_has_no_influence(results: Results, tmp_path: Path) -> None:
     figures.save(DRAW["tau"](results), tmp_path / "plain.png")
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "savefig.dpi": 20}):

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from weightnet.durable import replace_file
 from weightnet.report.names import PROPERTIES
@@ -38,6 +41,8 @@ KIND_STYLE: Mapping[str, tuple[str, str]] = {
     "ceiling": (BLACK, "|"),
 }
 DPI = 130
+FAR = 8  # quartile ranges: what lies farther out is drawn at the edge
+Floats = NDArray[np.float64]
 _STYLE: Any = {  # matplotlib types its keys one by one
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
@@ -122,6 +127,36 @@ def empty(title: str, why: str) -> Figure:
     note(figure.add_subplot(), why)
     figure.suptitle(title)
     return figure
+
+
+def diagonal(axes: Axes, values: Floats) -> Floats:
+    """Give both axes the same ends, and a line where they are equal.
+
+    Args:
+        axes: What is drawn on.
+        values: Pairs [N, 2], N at least 1. A note tells of those far beyond the others, which
+            the ends leave out.
+
+    Returns:
+        The ends, to which values must be clipped.
+    """
+    first, third = np.quantile(values, [0.25, 0.75])
+    reach = np.array([first, third]) + np.array([-FAR, FAR]) * (third - first)
+    ends = np.array([values.min(), values.max()])
+    if third > first:
+        ends = np.clip(ends, *reach)
+    ends += np.array([-1, 1]) * 0.04 * max(float(np.ptp(ends)), 1e-6)
+    beyond = int(((values < ends[0]) | (values > ends[1])).any(axis=1).sum())
+    if beyond:
+        axes.text(
+            0.97, 0.03, f"{beyond} beyond, at the edge", ha="right", transform=axes.transAxes
+        )
+    axes.plot(ends, ends, color=BLACK, linewidth=0.9, linestyle="--", zorder=1)
+    axes.set_xlim(*ends)
+    axes.set_ylim(*ends)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(4))
+    return ends
 
 
 def in_order(names: object) -> list[str]:

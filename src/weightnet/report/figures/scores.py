@@ -11,14 +11,13 @@ import pandas as pd
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
 from weightnet.report.figures.canvas import (
     BLACK,
     GREY,
     KIND_STYLE,
     blank,
+    diagonal,
     empty,
     grid,
     in_order,
@@ -39,9 +38,6 @@ from weightnet.report.names import (
     split_name,
 )
 from weightnet.report.tables import bounds, number
-
-Floats = NDArray[np.float64]
-FAR = 8  # quartile ranges: what lies farther out is drawn at the edge
 
 
 @styled
@@ -224,14 +220,7 @@ def predicted_against_measured(
     figure, panels = grid(len(names) + 1, 4)
     for axes, name in zip(panels, names, strict=False):
         own = rows[rows["property"] == name]
-        both = own[["measured", "predicted"]].to_numpy(dtype=np.float64)
-        ends = _ends(both)
-        beyond = int(((both < ends[0]) | (both > ends[1])).any(axis=1).sum())
-        if beyond:
-            axes.text(
-                0.97, 0.03, f"{beyond} beyond, at the edge", ha="right", transform=axes.transAxes
-            )
-        axes.plot(ends, ends, color=BLACK, linewidth=0.9, linestyle="--", zorder=1)
+        ends = diagonal(axes, own[["measured", "predicted"]].to_numpy(dtype=np.float64))
         own = own.assign(**own[["measured", "predicted", "low", "high"]].clip(*ends))
         lines = (own["measured"], own["low"], own["high"])
         axes.vlines(*lines, color=GREY, alpha=0.15, linewidth=0.7, zorder=2)
@@ -247,11 +236,8 @@ def predicted_against_measured(
                 edgecolor="white",
                 linewidth=0.3,
                 alpha=0.85,
+                clip_on=False,
             )
-        axes.set_xlim(*ends)
-        axes.set_ylim(*ends)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(4))
         axes.set_xlabel(f"measured {property_name(name).axis}")
         axes.set_ylabel("predicted")
         axes.set_title(property_name(name).title + tau_note(scores, predictor, split, name))
@@ -266,16 +252,6 @@ def predicted_against_measured(
     corner.legend(handles=handles, loc="center", title="families", ncols=1 + (len(handles) > 9))
     figure.suptitle(title)
     return figure
-
-
-def _ends(values: Floats) -> Floats:
-    """Ends of an axis that shows all values, but for those over FAR quartile ranges away."""
-    first, third = np.quantile(values, [0.25, 0.75])
-    reach = np.array([first, third]) + np.array([-FAR, FAR]) * (third - first)
-    ends = np.array([values.min(), values.max()])
-    if third > first:
-        ends = np.clip(ends, *reach)
-    return ends + np.array([-1, 1]) * 0.04 * max(float(np.ptp(ends)), 1e-6)
 
 
 @styled

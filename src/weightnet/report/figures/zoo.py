@@ -10,13 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
 from weightnet.report.figures.canvas import (
     BLACK,
     COLOURS,
     GREY,
+    diagonal,
     empty,
     grid,
     in_order,
@@ -30,8 +29,6 @@ from weightnet.report.names import (
     PROPERTIES,
     property_name,
 )
-
-Floats = NDArray[np.float64]
 
 
 @styled
@@ -108,7 +105,8 @@ def zoo_distributions(networks: pd.DataFrame) -> Figure:
 def ceilings(
     networks: pd.DataFrame, scores: pd.DataFrame | None = None, *, split: str = "iid"
 ) -> Figure:
-    """Draw each property measured on one half of the test images against the other half.
+    """Draw each property measured on one half of the test images against the other half. A network
+    far beyond the others is drawn at the edge.
 
     Args:
         networks: family, ``half_a.<name>`` and ``half_b.<name>``.
@@ -122,7 +120,13 @@ def ceilings(
     look = looks(networks["family"])
     figure, panels = grid(len(names), 4, 2.8, 2.5)
     for axes, name in zip(panels, names, strict=False):
-        for family, own in networks.groupby("family"):
+        halves = networks[[f"half_a.{name}", f"half_b.{name}"]]
+        halves = halves[np.isfinite(halves).all(axis=1)]
+        if halves.empty:
+            note(axes, "no finite halves")
+            continue
+        ends = diagonal(axes, halves.to_numpy(dtype=np.float64))
+        for family, own in halves.clip(*ends).groupby(networks["family"]):
             colour, marker, _ = look[str(family)]
             axes.scatter(
                 own[f"half_a.{name}"],
@@ -132,10 +136,8 @@ def ceilings(
                 facecolor=colour,
                 edgecolor="none",
                 alpha=0.6,
+                clip_on=False,
             )
-        axes.axline((0, 0), slope=1, color=BLACK, linewidth=0.9, linestyle="--")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(4))
         axes.set_xlabel(f"{property_name(name).title}, half A")
         axes.set_ylabel("half B")
         axes.set_title(property_name(name).title + tau_note(scores, CEILING, split, name))
