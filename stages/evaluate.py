@@ -1,7 +1,6 @@
 """Score every predictor on every split: metrics/."""
 
 import json
-from concurrent.futures import as_completed
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +18,9 @@ from weightnet.command import (
     reported,
     writing,
 )
-from weightnet.compute import default_jobs, single_thread, worker_pool
+from weightnet.compute import single_thread
 from weightnet.durable import replace_file, sweep, write_text
-from weightnet.evaluation.interpretation import (
-    AGREEMENT,
-    IMPORTANCE,
-    Interpretation,
-    interpret,
-)
+from weightnet.evaluation.interpretation import AGREEMENT, IMPORTANCE, interpret
 from weightnet.evaluation.invariance import audit
 from weightnet.evaluation.scores import Evaluation, ScoresConfig, summary
 from weightnet.evaluation.splits import SplitsConfig, sizes
@@ -81,36 +75,6 @@ def sample(networks: Networks, per_family: int) -> Networks:
     return networks.select(np.array(chosen))
 
 
-def audited(config: AuditConfig) -> tuple[Networks, Prober]:
-    """The networks of the audit, and what runs their copies on probes."""
-    networks = read_networks([TOKENS / family for family in load_names("families")])
-    prober = Prober(load_section(ProbesConfig, "tokenize_zoo", "probes"), ZOO)
-    return sample(networks, config.networks_per_family).runnable(prober.modules), prober
-
-
-def audit_one(name: str, split: str, config: AuditConfig) -> pd.DataFrame:
-    """The invariance audit of a predictor, fitted on a split."""
-    networks, prober = audited(config)
-    fitted = Predictor.load(FITTED / f"{name}-{split}" / "seed0")
-    return audit(
-        fitted,
-        networks.select(fitted.accepts(networks)),
-        split=split,
-        generator=torch_generator("audit", name),
-        copies=config.copies,
-        canonicalize=load_section(CanonicalForm, "tokenize_zoo", "canonical").apply,
-        build=prober.networks if PREDICTORS[name].needs_forward else None,
-    )
-
-
-def interpret_one(name: str, split: str, seeds: list[int], config: AuditConfig) -> Interpretation:
-    """What carries the predictions of a predictor, of one seed and of another, if there is one."""
-    first, *others = (
-        Predictor.load(FITTED / f"{name}-{split}" / f"seed{seed}") for seed in seeds[:2]
-    )
-    return interpret(first, audited(config)[0], other=next(iter(others), None))
-
-
 def main() -> None:
     """Score the predictions of all predictors on all splits, with intervals, floors and controls.
 
@@ -121,6 +85,7 @@ def main() -> None:
     """
     with reported():
         config = load_section(EvaluateConfig, "evaluate")
+        form = load_section(CanonicalForm, "tokenize_zoo", "canonical")
         divided = load_section(SplitsConfig, "train_predictor", "common", "splits")
         predictors, splits = load_names("predictors"), load_names("splits")
         for name in predictors:
@@ -141,30 +106,38 @@ def main() -> None:
                 scores = evaluation.scores(progress.advance)
             ours = [name for name in predictors if PREDICTORS[name].kind == "ours"]
             differences = evaluation.differences(ours)
-            seeds = [int(seed) for seed in sorted(predictions["seed"].unique())]
+            seeds = sorted(predictions["seed"].unique())
 
+            prober = Prober(load_section(ProbesConfig, "tokenize_zoo", "probes"), ZOO)
+            audited = sample(networks, config.audit.networks_per_family).runnable(prober.modules)
             readers = [name for name in predictors if PREDICTORS[name].reads_weights]
+            changes = []
+            with Progress("invariance audit", len(readers), "predictors") as progress:
+                for name in readers:
+                    fitted = Predictor.load(FITTED / f"{name}-{splits[0]}" / "seed0")
+                    changes.append(
+                        audit(
+                            fitted,
+                            audited.select(fitted.accepts(audited)),
+                            split=splits[0],
+                            generator=torch_generator("audit", name),
+                            copies=config.audit.copies,
+                            canonicalize=form.apply,
+                            build=prober.networks if PREDICTORS[name].needs_forward else None,
+                        )
+                    )
+                    progress.advance()
+
             importance, agreement = (
                 pd.DataFrame(columns=IMPORTANCE),
                 pd.DataFrame(columns=AGREEMENT),
             )
-            jobs = min(default_jobs(), len(readers) + 1)
-            bar = Progress("invariance audit", len(readers), "predictors")
-            with bar, worker_pool(jobs) as (pool, _):
-                maps = [
-                    pool.submit(interpret_one, name, splits[0], seeds, config.audit)
-                    for name in ours[:1]
-                ]
-                audits = {
-                    name: pool.submit(audit_one, name, splits[0], config.audit)
-                    for name in sorted(readers, key=lambda name: PREDICTORS[name].kind != "ours")
-                }
-                for done in as_completed(audits.values()):
-                    done.result()  # one that failed ends the others
-                    bar.advance()
-                changes = [audits[name].result() for name in readers]
-                for found in maps:
-                    importance, agreement = found.result()
+            if ours:
+                first, *others = (
+                    Predictor.load(FITTED / f"{ours[0]}-{splits[0]}" / f"seed{seed}")
+                    for seed in seeds[:2]
+                )
+                importance, agreement = interpret(first, audited, other=next(iter(others), None))
             tables = {
                 "scores": scores,
                 "splits": sizes(networks.frame, splits, seeds, divided),
