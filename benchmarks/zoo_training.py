@@ -288,7 +288,7 @@ def trainer(name: str, case: Case, recipes: pd.DataFrame) -> Callable[[int | Non
 
     if name == "stacked":
         return stacked
-    images = task.normalize(task.train_images)  # the rivals need not do this for each run
+    images = task.train_inputs
     train: Rival = {"plain": train_plain, "DataLoader": train_loaded}[name]
 
     def each(steps: int | None) -> None:
