@@ -136,41 +136,6 @@ class Average(torch.autograd.Function):
         return part.expand(ctx.size).contiguous(memory_format=torch.channels_last)
 
 
-class Dropout(torch.autograd.Function):
-    """x * (uniform < keep) / keep of S models' maps, as `is_channels_last` wants them; uniform is
-    drawn as [B, S * channels, height, width], keep is [S]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, numbers: Uniform, keep: Tensor) -> Tensor:
-        """[B, S * channels, height, width] -> the same."""
-        out = torch.empty_like(x)
-        ctx.mask = np.empty(pixels(x).shape, np.uint8)
-        ctx.keep = np.repeat(keep.numpy(), x.shape[1] // len(keep))
-        numbers.drop(pixels(x), ctx.keep, pixels(out), ctx.mask)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """gradient / keep * mask, in the gradient's own layout."""
-        if not is_channels_last(gradient):
-            mask = torch.from_numpy(ctx.mask).permute(0, 3, 1, 2)
-            return gradient / torch.from_numpy(ctx.keep)[:, None, None] * mask, None, None
-        out = torch.empty_like(gradient)
-        _undrop(pixels(gradient), ctx.mask, ctx.keep, pixels(out))
-        return out, None, None
-
-
-@kernel
-def _undrop(gradient: Array, mask: Array, keep: Array, out: Array) -> None:
-    batch, height, width, channels = gradient.shape
-    for b in range(batch):
-        for i in range(height):
-            for j in range(width):
-                for c in range(channels):
-                    kept = gradient.dtype.type(mask[b, i, j, c])
-                    out[b, i, j, c] = gradient[b, i, j, c] / keep[c] * kept
-
-
 class DepthwiseConvolution(torch.autograd.Function):
     """torch.conv2d with a kernel for each channel, stride 1 and the same padding on all sides, of
     x as `is_channels_last` wants it, which is as large before as after.
@@ -216,81 +181,6 @@ def _correlate(x: Array, gradient: Array, padding: int, out: Array) -> None:
                             row[c] = _fma(value, gradient[b, i, j, c], row[c])
                     for c in range(channels):
                         out[k, m, c] += row[c]
-
-
-class Uniform:
-    """What torch.rand would draw from a generator of the CPU."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        state = generator.get_state()
-        left, words = state[8:12].numpy().view(np.int32), state[24:5016].numpy().view(np.uint64)
-        self._block = words.astype(np.uint32)  # of the Mersenne Twister
-        self._drawn = 625 - int(left[0])
-
-    def rand(self, size: torch.Size) -> Tensor:
-        """Numbers in [0, 1), float32."""
-        out = torch.empty(size)
-        self._drawn = _twist(self._block, self._drawn, out.view(-1).numpy())
-        return out
-
-    def drop(self, x: Array, keep: Array, out: Array, mask: Array) -> None:
-        """Write x * mask / keep, and mask: whether a number is below keep [channels].
-
-        Maps are [B, height, width, channels]; numbers are drawn as [B, channels, height, width].
-        """
-        self._drawn = _drop(self._block, self._drawn, x, keep, out, mask)
-
-
-@kernel
-def _mix(word: Any, following: Any, other: Any) -> Any:
-    one = np.uint32(1)
-    word = (word & np.uint32(0x80000000)) | (following & np.uint32(0x7FFFFFFF))
-    return other ^ (word >> one) ^ ((np.uint32(0) - (word & one)) & np.uint32(0x9908B0DF))
-
-
-@kernel
-def _twist(block: Array, drawn: int, out: Array) -> int:
-    """Fill ``out`` as Matsumoto and Nishimura (1998) do, and tell how many of the last block's
-    624 words are drawn; https://doi.org/10.1145/272991.272995."""
-    done = 0
-    while done < len(out):
-        if drawn == 624:
-            for start, end, other in ((0, 227, 397), (227, 454, -227), (454, 623, -227)):
-                for i in range(start, end):  # none of which reads what another one writes
-                    block[i] = _mix(block[i], block[i + 1], block[i + other])
-            block[623] = _mix(block[623], block[0], block[396])
-            drawn = 0
-        count = min(624 - drawn, len(out) - done)
-        words, numbers = block[drawn : drawn + count], out[done : done + count]
-        for i in range(count):
-            word = words[i]
-            word ^= word >> np.uint32(11)
-            word ^= (word << np.uint32(7)) & np.uint32(0x9D2C5680)
-            word ^= (word << np.uint32(15)) & np.uint32(0xEFC60000)
-            word ^= word >> np.uint32(18)
-            numbers[i] = np.float32(np.int32(word & np.uint32(0xFFFFFF))) * np.float32(2**-24)
-        drawn += count
-        done += count
-    return drawn
-
-
-@kernel
-def _drop(block: Array, drawn: int, x: Array, keep: Array, out: Array, mask: Array) -> int:
-    batch, height, width, channels = x.shape
-    numbers = np.empty((channels, height * width), np.float32)
-    kept = np.empty(numbers.shape, np.uint8)
-    for b in range(batch):
-        drawn = _twist(block, drawn, numbers.reshape(-1))
-        for c in range(channels):
-            for pixel in range(height * width):
-                kept[c, pixel] = np.uint8(numbers[c, pixel] < keep[c])
-        for pixel in range(height * width):
-            i, j = pixel // width, pixel % width
-            for c in range(channels):
-                mask[b, i, j, c] = kept[c, pixel]
-            for c in range(channels):
-                out[b, i, j, c] = x[b, i, j, c] * x.dtype.type(mask[b, i, j, c]) / keep[c]
-    return drawn
 
 
 def gather(images: Tensor, indices: Tensor, offsets: Tensor, out: Tensor) -> None:

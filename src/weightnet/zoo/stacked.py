@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from weightnet.zoo import fused
+from weightnet.zoo.dropout import Dropout, Uniform
 from weightnet.zoo.first_layer import FirstLayer
 
 State = dict[str, Tensor]
@@ -113,7 +114,7 @@ class StackedDropout(nn.Module):
         super().__init__()
         self.stack = stack
         self.probability = torch.zeros(stack)
-        self.numbers: fused.Uniform | torch.Generator | None = None
+        self.numbers: Uniform | torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero each entry with its model's probability and rescale the rest; identity in eval
@@ -121,9 +122,9 @@ class StackedDropout(nn.Module):
         if not self.training or not any(self.probability.tolist()):
             return x
         keep = 1 - self.probability
-        if isinstance(self.numbers, fused.Uniform):
+        if isinstance(self.numbers, Uniform):
             if fused.is_channels_last(x) and x.dtype == keep.dtype:
-                return cast(Tensor, fused.Dropout.apply(x, self.numbers, keep))
+                return cast(Tensor, Dropout.apply(x, self.numbers, keep))
             uniform = self.numbers.rand(x.shape)
         else:
             uniform = torch.rand(x.shape, generator=self.numbers, device=x.device)
@@ -386,7 +387,7 @@ class StackedModule(nn.Module):
     def set_dropout(self, probabilities: Tensor, generator: torch.Generator) -> None:
         """Give each model its dropout probability [S]; masks come from the generator."""
         on_cpu = generator.device.type == "cpu"
-        numbers = fused.Uniform(generator) if on_cpu else generator
+        numbers = Uniform(generator) if on_cpu else generator
         for layer in self.modules():
             if isinstance(layer, StackedDropout):
                 layer.probability, layer.numbers = probabilities, numbers
