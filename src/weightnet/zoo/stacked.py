@@ -394,7 +394,7 @@ class StackedModule(nn.Module):
 
     @torch.no_grad()
     def keep(self, rows: Tensor) -> None:
-        """Drop the models that are not in ``rows``. Parameters become other tensors."""
+        """Become the models of ``rows``, in this order. Parameters become other tensors."""
         count = len(rows)
         for layer in self.modules():
             for name, tensor in [*layer._parameters.items(), *layer._buffers.items()]:
@@ -431,7 +431,16 @@ class StackedModule(nn.Module):
         found = [torch.isfinite(t.flatten(1)).all(1) for t in self.stacked_state().values()]
         return torch.stack(found).all(0)
 
+    def snapshot(self) -> State:
+        """A copy of `stacked_state`."""
+        return {name: tensor.clone() for name, tensor in self.stacked_state().items()}
+
     def states(self) -> list[State]:
         """Copies of the S plain state dicts (floating-point tensors)."""
         stacked = self.stacked_state()
-        return [{n: t[i].clone() for n, t in stacked.items()} for i in range(self.stack)]
+        return [model_state(stacked, row) for row in range(self.stack)]
+
+
+def model_state(stacked: State, row: int) -> State:
+    """A copy of one model's plain state dict, of tensors [S, d0, ...]."""
+    return {name: tensor[row].clone() for name, tensor in stacked.items()}

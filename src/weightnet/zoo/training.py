@@ -9,7 +9,7 @@ finite leaves it too, marked as diverged, with the last weights seen to give a f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from weightnet.randomness import derive_seed, numpy_generator, torch_generator
 from weightnet.tasks import Task
 from weightnet.zoo import fused
-from weightnet.zoo.stacked import StackedModule, State
+from weightnet.zoo.stacked import StackedModule, State, model_state
 
 MOMENTUM = 0.9
 BETA_SQUARE = 0.999
@@ -115,6 +115,7 @@ class _Batches:
     ) -> None:
         size = (max(recipe["steps"] for recipe in recipes), len(recipes), recipes[0]["batch_size"])
         self.images, self.device = images, device
+        self.rows = torch.arange(len(recipes))
         self.chosen = torch.zeros(size, dtype=torch.int64)
         self.labels = torch.zeros(size, dtype=torch.int64)
         self.offsets = torch.zeros((*size, 2), dtype=torch.int64)
@@ -130,7 +131,10 @@ class _Batches:
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """Images [S, B, channels, height, width], in memory as a stack reads them, and labels [S,
         B]."""
-        chosen, offsets = self.chosen[step], self.offsets[step]
+        chosen, labels, offsets = (
+            values[step].index_select(0, self.rows)
+            for values in (self.chosen, self.labels, self.offsets)
+        )
         models, batch = chosen.shape
         channels, height, width = self.images.shape[1:]
         room = torch.empty(
@@ -142,12 +146,11 @@ class _Batches:
         else:
             images = shift(self.images[chosen.flatten()], offsets.flatten(0, 1), self.reach)
             inputs.copy_(images.view(inputs.shape))
-        return inputs, self.labels[step].to(self.device)
+        return inputs, labels.to(self.device)
 
     def keep(self, rows: Tensor) -> None:
         """Drop the runs that are not in ``rows``."""
-        self.chosen, self.labels = self.chosen[:, rows], self.labels[:, rows]
-        self.offsets = self.offsets[:, rows]
+        self.rows = self.rows[rows]
 
 
 class _Optimizer:
@@ -162,20 +165,24 @@ class _Optimizer:
 
         adam = [recipe["optimizer"] == "adamw" for recipe in recipes]
         self.adam = torch.tensor(adam, device=device)[:, None]
-        self.rate = column([recipe["learning_rate"] for recipe in recipes])
+        rates = column([recipe["learning_rate"] for recipe in recipes])
         decay = [recipe["weight_decay"] for recipe in recipes]
         self.coupled = column([0.0 if a else d for a, d in zip(adam, decay, strict=True)])
-        self.decoupled = column([d if a else 0.0 for a, d in zip(adam, decay, strict=True)])
+        decoupled = column([d if a else 0.0 for a, d in zip(adam, decay, strict=True)])
         self.gain = column([1 - MOMENTUM if a else 1.0 for a in adam])
-        self.steps = column([float(recipe["steps"]) for recipe in recipes])
+        steps = [recipe["steps"] for recipe in recipes]
+        angles = column([math.pi * t for t in range(max(steps))]).T * column(steps).reciprocal()
+        self.rates = rates * 0.5 * (1 + torch.cos(angles))  # [S, steps]
+        self.shrinkages = 1 - self.rates * decoupled  # what weight decay leaves
         self.shapes = [p.shape[1:] for p in parameters]
         self.weights = torch.cat([p.detach().flatten(1) for p in parameters], dim=1)
         self.first = torch.zeros_like(self.weights)
         self.second = torch.zeros_like(self.weights)
+        self._divide()
 
-    def step(self, t: int, gradients: list[Tensor]) -> None:
-        """Update ``weights`` by the gradients (each [S, ...]) of step ``t`` (from 0)."""
-        gradient = torch.cat([g.flatten(1) for g in gradients], dim=1)
+    def step(self, t: int, gradients: Sequence[Tensor]) -> None:
+        """Update ``weights`` by the gradients (each [S * d0, ...]) of step ``t`` (from 0)."""
+        gradient = torch.cat([g.reshape(len(self.weights), -1) for g in gradients], dim=1)
         if self.weights.device.type == "cpu":
             rate, shrinkage, *corrections = self._schedule(t)
             fused.update(
@@ -200,20 +207,20 @@ class _Optimizer:
 
     def _schedule(self, t: int) -> tuple[Tensor, Tensor, float, float]:
         """Learning rates [S, 1], what weight decay leaves, and the corrections of the moments."""
-        rate = self.rate * 0.5 * (1 + torch.cos(math.pi * t / self.steps))
-        shrinkage = 1 - rate * self.decoupled
-        return rate, shrinkage, 1 - MOMENTUM ** (t + 1), 1 - BETA_SQUARE ** (t + 1)
+        corrections = 1 - MOMENTUM ** (t + 1), 1 - BETA_SQUARE ** (t + 1)
+        return self.rates[:, t : t + 1], self.shrinkages[:, t : t + 1], *corrections
 
-    def parts(self) -> list[Tensor]:
-        """The weights of each parameter, each [S, ...]."""
+    def _divide(self) -> None:
+        """Let ``parts`` be the weights of each parameter, each [S, ...]."""
         parts = self.weights.split([math.prod(shape) for shape in self.shapes], dim=1)
-        return [part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        self.parts = [p.view(-1, *shape) for p, shape in zip(parts, self.shapes, strict=True)]
 
     def keep(self, rows: Tensor) -> None:
         """Drop the models that are not in ``rows``."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value[rows])
+        self._divide()
 
 
 def train_stack(
@@ -244,7 +251,9 @@ def train_stack(
     stack = _make_stack(module, states, rows, dropout, device)
     views = _parameter_views(stack)
     optimizer = _Optimizer(rows, views, torch.device(device))
-    safe = dict(enumerate(states))  # last weights seen to give a finite loss
+    snapshot = stack.snapshot()
+    safe = [(snapshot, row) for row in alive]  # the last weights seen to give a finite loss
+    last = list(batches.at(0)[0])  # images of each run
     step = 0
     while alive:
         inputs, targets = batches.at(step)
@@ -256,23 +265,22 @@ def train_stack(
         )
         finite = torch.isfinite(losses.detach()).tolist()
         if step % SNAPSHOT_STEPS == 0:
-            whole = stack.are_finite().tolist()
-            for row, state in enumerate(stack.states()):
-                if finite[row] and whole[row]:
-                    safe[alive[row]] = state
+            snapshot = stack.snapshot()
+            for row, whole in enumerate(stack.are_finite().tolist()):
+                if finite[row] and whole:
+                    safe[alive[row]] = snapshot, row
         gradients = torch.autograd.grad(losses.sum(), list(stack.parameters()))
-        optimizer.step(step, [g.view_as(view) for g, view in zip(gradients, views, strict=True)])
-        torch._foreach_copy_(views, optimizer.parts())
+        optimizer.step(step, gradients)
+        torch._foreach_copy_(views, optimizer.parts)
         step += 1
         ended = [not finite[row] or rows[i]["steps"] <= step for row, i in enumerate(alive)]
         if not any(ended):
             continue
-        current = stack.states()
         for row, i in enumerate(alive):
-            if not ended[row] or (finite[row] and _is_sound(module, current[row], inputs[row])):
-                states[i] = current[row]
-            else:
-                states[i], diverged_at[i] = safe[i], step - 1
+            if ended[row]:
+                states[i] = model_state(*((stack.stacked_state(), row) if finite[row] else safe[i]))
+                diverged_at[i] = -1 if finite[row] else step - 1
+                last[i] = inputs[row]
         keep = [row for row in range(len(alive)) if not ended[row]]
         alive = [alive[row] for row in keep]
         if alive:
@@ -281,6 +289,9 @@ def train_stack(
             optimizer.keep(rows_kept)
             stack.keep(rows_kept)
             views = _parameter_views(stack)
+    for i, sound in enumerate(_are_sound(stack, states, torch.stack(last))):
+        if diverged_at[i] == -1 and not sound:
+            states[i], diverged_at[i] = model_state(*safe[i]), rows[i]["steps"] - 1
     return TrainedStack([{n: t.cpu() for n, t in state.items()} for state in states], diverged_at)
 
 
@@ -306,10 +317,9 @@ def _parameter_views(stack: StackedModule) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _is_sound(module: nn.Module, state: State, images: Tensor) -> bool:
-    plain = {name: tensor.to(images.device) for name, tensor in state.items()}
-    was_training = module.training
-    module.to(images.device).eval()
-    logits = torch.func.functional_call(module, plain, (images,))
-    module.train(was_training)
-    return bool(torch.isfinite(logits).all())
+def _are_sound(stack: StackedModule, states: list[State], images: Tensor) -> list[bool]:
+    """Whether the logits of each model for its images are finite; ``stack`` is spoilt."""
+    stack.keep(torch.zeros(len(states), dtype=torch.int64, device=images.device))
+    stack.load(states)
+    logits = stack.eval()(images)
+    return torch.isfinite(logits).flatten(1).all(1).tolist()
