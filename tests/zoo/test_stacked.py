@@ -127,13 +127,13 @@ def test_dropout_keeps_the_expectation_at_each_model_probability(shape: tuple[in
     from weightnet.zoo.stacked import StackedDropout
 
     layer = StackedDropout(4)
-    layer.probability = torch.tensor([0.0, 0.2, 0.5, 0.8])
+    layer.keep(torch.tensor([1.0, 0.8, 0.5, 0.2]))
     layer.numbers = torch.Generator().manual_seed(0)
     x = torch.ones(4, 20, 3000) if len(shape) == 2 else torch.ones(shape)
     y = layer.train()(x)
     models = y if y.ndim == 3 else y.unflatten(1, (4, -1)).transpose(0, 1)
-    for values, p in zip(models, layer.probability.tolist(), strict=True):
-        assert abs(float((values == 0).double().mean()) - p) < 0.02
+    for values, kept in zip(models, layer.kept.tolist(), strict=True):
+        assert abs(float((values != 0).double().mean()) - kept) < 0.02
         assert abs(float(values.mean()) - 1) < 0.05
 
 

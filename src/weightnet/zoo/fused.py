@@ -34,8 +34,8 @@ def is_channels_last(x: Tensor) -> bool:
 
 def pixels(x: Tensor) -> Array:
     """[B, height, width, channels], the same memory."""
-    array: Array = x.detach().permute(0, 2, 3, 1).numpy()
-    return array
+    array: Array = x.detach().numpy()
+    return array.transpose(0, 2, 3, 1)
 
 
 def maps_like(x: Tensor, channels: int, height: int, width: int) -> Tensor:
@@ -207,10 +207,10 @@ def _gather(images: Array, indices: Array, offsets: Array, out: Array) -> None:
 
 
 def update(
-    weights: Tensor,
+    weights: Array,
     gradient: Tensor,
-    moments: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, ...],
+    moments: tuple[Array, Array],
+    rows: tuple[Array, ...],
     scalars: tuple[float, ...],
 ) -> None:
     """A step of S optimizers on [S, parameters], in place; see `weightnet.zoo.training`.
@@ -219,14 +219,14 @@ def update(
         weights: Updated.
         gradient: Of the loss; spoilt.
         moments: First and second moment, updated (the second for AdamW alone).
-        rows: [S, 1] each: AdamW or SGD, coupled decay, gain, shrinkage of weights, learning rate.
+        rows: [S] each: AdamW or SGD, coupled decay, gain, shrinkage of weights, learning rate.
         scalars: Decay of the first moment, of the second, one less the latter, corrections of
             both, epsilon.
     """
-    kind = weights.numpy().dtype.type
+    kind = weights.dtype.type
     keep_first, keep_second, take_second, *rest = (kind(value) for value in scalars)
-    adam, coupled, gain, shrinkage, rate = (row.flatten().numpy() for row in rows)
-    arrays = (weights.numpy(), gradient.numpy(), *(moment.numpy() for moment in moments))
+    adam, coupled, gain, shrinkage, rate = rows
+    arrays = (weights, gradient.numpy(), *moments)
     correct_first, correct_second, epsilon = rest
     _moments(*arrays, adam, coupled, gain, keep_first, keep_second, take_second, correct_second)
     for row in np.flatnonzero(adam):

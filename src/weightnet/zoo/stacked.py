@@ -113,15 +113,20 @@ class StackedDropout(nn.Module):
     def __init__(self, stack: int) -> None:
         super().__init__()
         self.stack = stack
-        self.probability = torch.zeros(stack)
+        self.kept = torch.ones(stack)  # probabilities
+        self.drops = False
         self.numbers: Uniform | torch.Generator | None = None
 
+    def keep(self, probabilities: Tensor) -> None:
+        """Keep entries of each model with its probability, [S]."""
+        self.kept, self.drops = probabilities, bool((probabilities < 1).any())
+
     def forward(self, x: Tensor) -> Tensor:
-        """Zero each entry with its model's probability and rescale the rest; identity in eval
+        """Zero each entry that its model does not keep and rescale the rest; identity in eval
         mode."""
-        if not self.training or not any(self.probability.tolist()):
+        if not self.training or not self.drops:
             return x
-        keep = 1 - self.probability
+        keep = self.kept
         if isinstance(self.numbers, Uniform):
             if fused.is_channels_last(x) and x.dtype == keep.dtype:
                 return cast(Tensor, Dropout.apply(x, self.numbers, keep))
@@ -390,7 +395,8 @@ class StackedModule(nn.Module):
         numbers = Uniform(generator) if on_cpu else generator
         for layer in self.modules():
             if isinstance(layer, StackedDropout):
-                layer.probability, layer.numbers = probabilities, numbers
+                layer.numbers = numbers
+                layer.keep(1 - probabilities)
 
     @torch.no_grad()
     def keep(self, rows: Tensor) -> None:
@@ -407,7 +413,7 @@ class StackedModule(nn.Module):
             elif isinstance(layer, nn.BatchNorm2d):
                 layer.num_features = layer.num_features // self.stack * count
             elif isinstance(layer, StackedDropout):
-                layer.probability = layer.probability[rows]
+                layer.keep(layer.kept[rows])
             if isinstance(layer, _COUNTING):
                 layer.stack = count
         self.stack = count

@@ -178,26 +178,27 @@ class _Optimizer:
         self.weights = torch.cat([p.detach().flatten(1) for p in parameters], dim=1)
         self.first = torch.zeros_like(self.weights)
         self.second = torch.zeros_like(self.weights)
-        self._divide()
+        self._view()
 
     def step(self, t: int, gradients: Sequence[Tensor]) -> None:
         """Update ``weights`` by the gradients (each [S * d0, ...]) of step ``t`` (from 0)."""
         gradient = torch.cat([g.reshape(len(self.weights), -1) for g in gradients], dim=1)
-        if self.weights.device.type == "cpu":
-            rate, shrinkage, *corrections = self._schedule(t)
-            fused.update(
-                self.weights,
-                gradient,
-                (self.first, self.second),
-                (self.adam, self.coupled, self.gain, shrinkage, rate),
-                (MOMENTUM, BETA_SQUARE, 1 - BETA_SQUARE, *corrections, EPSILON),
-            )
-        else:
+        if gradient.device.type != "cpu":
             self.step_plainly(t, gradient)
+            return
+        weights, first, second, adam, coupled, gain, rates, shrinkages = self._arrays
+        fused.update(
+            weights,
+            gradient,
+            (first, second),
+            (adam[:, 0], coupled[:, 0], gain[:, 0], shrinkages[:, t], rates[:, t]),
+            (MOMENTUM, BETA_SQUARE, 1 - BETA_SQUARE, *self._corrections(t), EPSILON),
+        )
 
     def step_plainly(self, t: int, gradient: Tensor) -> None:
         """What `step` does, in calls of torch; ``gradient`` [S, parameters] is spoilt."""
-        rate, shrinkage, first_sum, second_sum = self._schedule(t)
+        rate, shrinkage = (values[:, t : t + 1] for values in (self.rates, self.shrinkages))
+        first_sum, second_sum = self._corrections(t)
         gradient.addcmul_(self.weights, self.coupled)
         self.first.mul_(MOMENTUM).addcmul_(gradient, self.gain)
         self.second.mul_(BETA_SQUARE).addcmul_(gradient, gradient, value=1 - BETA_SQUARE)
@@ -205,22 +206,24 @@ class _Optimizer:
         direction = torch.where(self.adam, self.first / first_sum / root, self.first)
         self.weights.mul_(shrinkage).addcmul_(rate, direction, value=-1)
 
-    def _schedule(self, t: int) -> tuple[Tensor, Tensor, float, float]:
-        """Learning rates [S, 1], what weight decay leaves, and the corrections of the moments."""
-        corrections = 1 - MOMENTUM ** (t + 1), 1 - BETA_SQUARE ** (t + 1)
-        return self.rates[:, t : t + 1], self.shrinkages[:, t : t + 1], *corrections
+    def _corrections(self, t: int) -> tuple[float, float]:
+        """Of the first and second moment, which start from 0."""
+        return 1 - MOMENTUM ** (t + 1), 1 - BETA_SQUARE ** (t + 1)
 
-    def _divide(self) -> None:
-        """Let ``parts`` be the weights of each parameter, each [S, ...]."""
+    def _view(self) -> None:
+        """Let ``parts`` be the weights of each parameter, each [S, ...]; and see all as arrays."""
         parts = self.weights.split([math.prod(shape) for shape in self.shapes], dim=1)
         self.parts = [p.view(-1, *shape) for p, shape in zip(parts, self.shapes, strict=True)]
+        values = (self.weights, self.first, self.second, self.adam, self.coupled, self.gain)
+        if self.weights.device.type == "cpu":
+            self._arrays = [v.numpy() for v in (*values, self.rates, self.shrinkages)]
 
     def keep(self, rows: Tensor) -> None:
         """Drop the models that are not in ``rows``."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value[rows])
-        self._divide()
+        self._view()
 
 
 def train_stack(
