@@ -191,14 +191,27 @@ def _correlate_row(
     return types.void(size, *kinds), generate
 
 
+@kernel
+def _frame(images: Array, edge: int) -> Array:
+    """Images [B, height, width, S] one by one, each in a frame of zeros: [B, S, edge + height +
+    edge, edge + width + edge]."""
+    batch, height, width, models = images.shape
+    out = np.zeros((batch, models, height + 2 * edge, width + 2 * edge), np.float32)
+    for b in range(batch):
+        for s in range(models):
+            for i in range(height):
+                for j in range(width):
+                    out[b, s, edge + i, edge + j] = images[b, i, j, s]
+    return out
+
+
 @cache
 def _kernels(size: int) -> tuple[Any, Any]:
     """The loops over images, models and windows, for kernels of size x size.
 
-    Images are [B, height, width, S], maps [B, height // 2, width // 2, S * channels], kernels
+    Images are as `_frame` leaves them, maps [B, height // 2, width // 2, S * channels], kernels
     [S, channels, size * size] and biases [S, channels].
     """
-    edge = size // 2
 
     @kernel
     def pool(
@@ -211,11 +224,10 @@ def _kernels(size: int) -> tuple[Any, Any]:
             for c in range(channels):
                 packed[s, c // LANES, :taps, c % LANES] = weights[s, c]
                 packed[s, c // LANES, taps, c % LANES] = biases[s, c]
-        image = np.zeros((images.shape[1] + 2 * edge, images.shape[2] + 2 * edge), np.float32)
-        stride = image.strides[0]
+        stride = images.strides[2]
         for b in range(len(images)):
             for s in range(models):
-                image[edge : len(image) - edge, edge : image.shape[1] - edge] = images[b, :, :, s]
+                image = images[b, s].ctypes.data
                 for block in range(blocks):
                     first = s * channels + block * LANES
                     count = channels - block * LANES
@@ -227,7 +239,7 @@ def _kernels(size: int) -> tuple[Any, Any]:
                                 size,
                                 count,
                                 floor,
-                                image.ctypes.data + 2 * i * stride + 8 * j,
+                                image + 2 * i * stride + 8 * j,
                                 stride,
                                 at_weights,
                                 at_bias,
@@ -242,11 +254,10 @@ def _kernels(size: int) -> tuple[Any, Any]:
         models, channels, taps = weights.shape
         blocks = -(-channels // LANES)
         sums = np.zeros((models, blocks, taps + 1, LANES), np.float32)
-        image = np.zeros((images.shape[1] + 2 * edge, images.shape[2] + 2 * edge), np.float32)
-        stride = image.strides[0]
+        stride = images.strides[2]
         for b in range(len(images)):
             for s in range(models):
-                image[edge : len(image) - edge, edge : image.shape[1] - edge] = images[b, :, :, s]
+                image = images[b, s].ctypes.data
                 for block in range(blocks):
                     first = s * channels + block * LANES
                     for i in range(gradients.shape[1]):
@@ -255,7 +266,7 @@ def _kernels(size: int) -> tuple[Any, Any]:
                                 size,
                                 channels - block * LANES,
                                 2 * y,
-                                image.ctypes.data + (2 * i + y) * stride,
+                                image + (2 * i + y) * stride,
                                 stride,
                                 gradients[b, i, 0, first:].ctypes.data,
                                 codes[b, i, 0, first:].ctypes.data,
@@ -280,7 +291,7 @@ class FirstLayer(torch.autograd.Function):
         """images [B, S, height, width], as `is_channels_last` wants them, weight [S * channels, 1,
         K, K] and bias [S * channels], all of float32 -> [B, S * channels, height // 2, width //
         2]."""
-        ctx.images, models = pixels(images), images.shape[1]
+        ctx.images, models = _frame(pixels(images), weight.shape[2] // 2), images.shape[1]
         out = maps_like(images, len(weight), images.shape[2] // 2, images.shape[3] // 2)
         ctx.codes = np.empty(pixels(out).shape, np.uint8)
         ctx.weight = weight.shape
@@ -294,7 +305,7 @@ class FirstLayer(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Of weight and bias."""
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        models = ctx.images.shape[3]
+        models = ctx.images.shape[1]
         weight, bias = gradient.new_empty(ctx.weight), gradient.new_empty(ctx.weight[0])
         _, correlate = _kernels(ctx.weight[2])
         kernels = weight.view(models, -1, math.prod(ctx.weight[2:])).numpy()

@@ -281,7 +281,8 @@ def train_stack(
             continue
         for row, i in enumerate(alive):
             if ended[row]:
-                states[i] = model_state(*((stack.stacked_state(), row) if finite[row] else safe[i]))
+                source, at = (stack.stacked_state(), row) if finite[row] else safe[i]
+                states[i] = model_state(source, at)
                 diverged_at[i] = -1 if finite[row] else step - 1
                 last[i] = inputs[row]
         keep = [row for row in range(len(alive)) if not ended[row]]
