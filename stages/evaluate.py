@@ -137,7 +137,13 @@ def main() -> None:
                     Predictor.load(FITTED / f"{ours[0]}-{splits[0]}" / f"seed{seed}")
                     for seed in seeds[:2]
                 )
-                importance, agreement = interpret(first, audited, other=next(iter(others), None))
+                with Progress("importance", 2 + len(others), "maps") as progress:
+                    importance, agreement = interpret(
+                        first,
+                        audited,
+                        other=next(iter(others), None),
+                        advance=progress.advance,
+                    )
             tables = {
                 "scores": scores,
                 "splits": sizes(networks.frame, splits, seeds, divided),

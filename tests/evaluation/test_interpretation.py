@@ -19,6 +19,11 @@ SMALL: dict[str, Any] = {"width": 16, "heads": 2, "points": 2}
 FIT = {"epochs": 12, "learning_rate": 0.01, "batch_size": 16}
 
 
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEIGHTNET_JOBS", "1")
+
+
 def make_networks(count: int, seed: int, *, reversed_first: bool = False) -> Networks:
     """CNNs whose property is the logarithm of the scale of their last layer."""
     generator = torch.Generator().manual_seed(seed)
@@ -63,6 +68,22 @@ def test_a_randomized_model_gives_another_map_and_the_same_model_the_same(
     assert correlation["retrained"] == pytest.approx(1.0)
     assert abs(correlation["randomized"]) < 0.5
     assert found["top_tenth"].between(0.1, 1.0).all()
+
+
+def test_processes_side_by_side_compute_the_same(
+    fitted: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks, threads = make_networks(5, 3), torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker process
+    alone = interpret(fitted, networks)
+    torch.set_num_threads(threads)
+    monkeypatch.setenv("WEIGHTNET_JOBS", "2")
+    done: list[int] = []
+    for one, other in zip(
+        alone, interpret(fitted, networks, advance=lambda: done.append(1)), strict=True
+    ):
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
+    assert len(done) == 2  # the trained and the randomized one
 
 
 @pytest.mark.parametrize("folds", [1, 2])

@@ -17,7 +17,8 @@ the same features.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from weightnet.compute import default_device
+from weightnet.compute import default_device, default_jobs, worker_pool
 from weightnet.predictors.fitting import Batches, FitConfig, seeded
 from weightnet.predictors.interface import Predictor
 from weightnet.predictors.learned import ModulePredictor
@@ -60,24 +61,33 @@ class Interpretation(NamedTuple):
 
 
 def interpret(
-    predictor: Predictor, networks: Networks, *, other: Predictor | None = None
+    predictor: Predictor,
+    networks: Networks,
+    *,
+    other: Predictor | None = None,
+    advance: Callable[[], None] = lambda: None,
 ) -> Interpretation:
     """Attribute the predictions of a fitted predictor that reads tokens to layers and neurons.
 
     Args:
         other: the same predictor trained from another seed.
+        advance: Called for each ``model`` that is done.
 
     Raises:
         ValueError: if a predictor does not read tokens.
     """
     reading = _reading_tokens(predictor)
-    batches = reading.reader.batches(networks, training=False)
-    maps = {"trained": _attributions(reading.modules, batches, networks, reading.fit_config)}
-    if other is not None:
-        maps["retrained"] = attributions(other, networks)
     with seeded(predictor.seed, "random importance"):
         random = [reading.reader.module(len(predictor.properties)) for _ in reading.modules]
-    maps["randomized"] = _attributions(random, batches, networks, reading.fit_config)
+    models = {"trained": (reading, reading.modules)}
+    if other is not None:
+        again = _reading_tokens(other)
+        models["retrained"] = (again, again.modules)
+    models["randomized"] = (reading, random)
+    maps = {}
+    for name, values in zip(models, _attributions(list(models.values()), networks), strict=True):
+        maps[name] = values
+        advance()
     features = token_features(networks)
     norm = features.values[:, features.names.index("row_l2")]
     shares, agreements = [], []
@@ -124,22 +134,33 @@ def attributions(predictor: Predictor, networks: Networks) -> Array:
         ValueError: if the predictor does not read tokens.
     """
     reading = _reading_tokens(predictor)
-    batches = reading.reader.batches(networks, training=False)
-    return _attributions(reading.modules, batches, networks, reading.fit_config)
+    (values,) = _attributions([(reading, reading.modules)], networks)
+    return values
 
 
 def _attributions(
-    modules: Sequence[nn.Module], batches: Batches, networks: Networks, config: FitConfig
-) -> Array:
+    models: Sequence[tuple[ModulePredictor, Sequence[nn.Module]]], networks: Networks
+) -> Generator[Array]:
+    """Those of the mean of each model's modules, which read what its predictor does: model by
+    model, modules in processes side by side."""
     counts = np.array([plan.tokens for plan in networks.layouts()], dtype=np.int64)
-    values: Array = np.mean(
-        [_module_attributions(module, batches, counts, config) for module in modules], axis=0
-    )
     network = np.repeat(np.arange(len(counts)), counts)
-    totals = np.zeros((len(counts), values.shape[1]))
-    np.add.at(totals, network, np.abs(values))
-    shares: Array = values / np.maximum(totals, 1e-300)[network]
-    return shares
+    work: list[tuple[Any, ...]] = []
+    for predictor, modules in models:
+        batches = predictor.reader.batches(networks, training=False)
+        work += [(module, batches, counts, predictor.fit_config) for module in modules]
+    jobs = min(default_jobs(), len(work))
+    spread: Callable[..., Iterator[Array]] = map
+    with ExitStack() as opened:
+        if jobs > 1:
+            pool, _ = opened.enter_context(worker_pool(jobs))
+            spread = pool.map
+        found = spread(_module_attributions, *zip(*work, strict=True))
+        for _, modules in models:
+            values: Array = np.mean([next(found) for _ in modules], axis=0)
+            totals = np.zeros((len(counts), values.shape[1]))
+            np.add.at(totals, network, np.abs(values))
+            yield values / np.maximum(totals, 1e-300)[network]
 
 
 def _module_attributions(
