@@ -128,6 +128,18 @@ def test_a_diverging_run_is_marked_and_leaves_its_neighbours_alone() -> None:
         torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_run_whose_last_step_overflows_keeps_the_weights_before() -> None:
+    calm, wild = recipe(0), recipe(2, learning_rate=1e30, steps=1)
+    arguments = {"size": 8, "width": 4, "depth": 2}
+    task = load_task("digits")
+    both = train_stack(build("cnn", **arguments), pd.DataFrame([wild, calm]), task)
+    assert both.diverged_at == [0, -1]
+    start = build("cnn", **arguments)
+    initialize(start, wild)
+    for name, tensor in start.state_dict().items():
+        assert torch.equal(both.states[0][name], tensor)
+
+
 def test_the_same_stack_gives_the_same_bytes() -> None:
     rows = pd.DataFrame([recipe(number, dropout=0.3) for number in range(2)])
     first, second = (
