@@ -476,8 +476,10 @@ def test_a_worker_killed_while_the_next_starts_is_told(monkeypatch: pytest.Monke
         def _spawn_process(self) -> None:
             for process in self._processes.values():
                 process.kill()
+                self._shutdown_lock.release()  # the thread that closes the queue may wait for it
                 while not self._call_queue._reader.closed:
                     time.sleep(0.01)
+                self._shutdown_lock.acquire()
             super()._spawn_process()
 
     monkeypatch.setattr(compute, "ProcessPoolExecutor", Pool)
