@@ -22,61 +22,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from weightnet.zoo.fused import NOWHERE, Array, kernel, maps_like, pixels
-
-LANES = 16  # channels in a vector
-_INT = ir.IntType(32)
-_FLOATS = ir.VectorType(ir.FloatType(), LANES)
-_CODES = ir.VectorType(ir.IntType(8), LANES)
-_ZEROS = ir.Constant(_FLOATS, [0.0] * LANES)
-
-
-class _Vectors:
-    """Writes operations on vectors to ``builder``. Addresses and offsets are in bytes; of what
-    lies in memory, the first ``count`` lanes are read and written."""
-
-    def __init__(self, builder: Any, count: Any) -> None:
-        self.builder = builder
-        lanes = ir.Constant(ir.VectorType(_INT, LANES), list(range(LANES)))
-        self.mask = builder.icmp_signed("<", lanes, self.fill(builder.trunc(count, _INT)))
-
-    def fill(self, value: Any) -> Any:
-        """A value in all lanes."""
-        kind = ir.VectorType(value.type, LANES)
-        one = self.builder.insert_element(kind(ir.Undefined), value, _INT(0))
-        nowhere = ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES)
-        return self.builder.shuffle_vector(one, kind(ir.Undefined), nowhere)
-
-    def _at(self, kind: Any, address: Any, offset: int) -> Any:
-        moved = self.builder.add(address, address.type(offset))
-        return self.builder.inttoptr(moved, kind.as_pointer())
-
-    def _call(self, name: str, result: Any, *arguments: Any) -> Any:
-        kind = ir.FunctionType(result, [argument.type for argument in arguments])
-        function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.{name}")
-        return self.builder.call(function, arguments)
-
-    def load(self, address: Any, offset: int = 0, kind: Any = _FLOATS) -> Any:
-        """A vector; 0 in the other lanes."""
-        name, size = ("v16f32", 4) if kind == _FLOATS else ("v16i8", 1)
-        rest = ir.Constant(kind, [kind.element(0)] * LANES)
-        at = self._at(kind, address, offset)
-        return self._call(f"masked.load.{name}.p0", kind, at, _INT(size), self.mask, rest)
-
-    def store(self, vector: Any, address: Any, offset: int = 0) -> None:
-        """Write a vector."""
-        name, size = ("v16f32", 4) if vector.type == _FLOATS else ("v16i8", 1)
-        at = self._at(vector.type, address, offset)
-        void = ir.VoidType()
-        self._call(f"masked.store.{name}.p0", void, vector, at, _INT(size), self.mask)
-
-    def spread(self, address: Any, offset: int) -> Any:
-        """The float at an address, in all lanes."""
-        at = self._at(ir.FloatType(), address, offset)
-        return self.fill(self.builder.load(at, align=4))
-
-    def fma(self, one: Any, other: Any, summand: Any) -> Any:
-        """one * other + summand, rounded once."""
-        return self._call("fma.v16f32", _FLOATS, one, other, summand)
+from weightnet.zoo.vectors import CODES, LANES, ZEROS, Vectors
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -101,10 +47,10 @@ def _pool_window(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, count, floor, image, stride, weights, biases, values, codes = arguments
-        vectors = _Vectors(builder, count)
+        vectors = Vectors(builder, count)
         rows = [builder.add(image, builder.mul(stride, stride.type(y))) for y in range(reach + 1)]
         seen = [[vectors.spread(row, 4 * x) for x in range(reach + 1)] for row in rows]
-        sums = [_ZEROS] * 4
+        sums = [ZEROS] * 4
         for tap in range(reach * reach):
             weight = vectors.load(weights, 4 * LANES * tap)
             y, x = divmod(tap, reach)
@@ -112,14 +58,14 @@ def _pool_window(
                 sums[at] = vectors.fma(seen[y + at // 2][x + at % 2], weight, sums[at])
         bias = vectors.load(biases)
         largest, *others = [builder.fadd(total, bias) for total in sums]
-        where = ir.Constant(_CODES, [0] * LANES)
+        where = ir.Constant(CODES, [0] * LANES)
         for code, value in enumerate(others, 1):
             is_nan = builder.fcmp_unordered("uno", value, value)
             larger = builder.or_(builder.fcmp_ordered(">", value, largest), is_nan)
             largest = builder.select(larger, value, largest)
-            where = builder.select(larger, ir.Constant(_CODES, [code] * LANES), where)
+            where = builder.select(larger, ir.Constant(CODES, [code] * LANES), where)
         least = vectors.fill(floor)
-        nowhere = ir.Constant(_CODES, [NOWHERE] * LANES)
+        nowhere = ir.Constant(CODES, [NOWHERE] * LANES)
         below = builder.fcmp_ordered("<", largest, least)
         flat = builder.fcmp_ordered("<=", largest, least)
         vectors.store(builder.select(below, least, largest), values)
@@ -156,19 +102,19 @@ def _correlate_row(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, count, first, image, stride, gradients, codes, step, width, sums = arguments
-        vectors = _Vectors(builder, count)
+        vectors = Vectors(builder, count)
         before = [vectors.load(sums, 4 * LANES * tap) for tap in range(taps + 1)]
-        cells = [cgutils.alloca_once_value(builder, _ZEROS) for _ in range(taps)]
+        cells = [cgutils.alloca_once_value(builder, ZEROS) for _ in range(taps)]
         cells.append(cgutils.alloca_once_value(builder, before[taps]))
         code = builder.trunc(first, ir.IntType(8))
         wanted = [vectors.fill(builder.add(code, code.type(x))) for x in range(2)]
         with cgutils.for_range(builder, width) as loop:
             moved = builder.mul(loop.index, step)
             gradient = vectors.load(builder.add(gradients, builder.mul(moved, step.type(4))))
-            where = vectors.load(builder.add(codes, moved), kind=_CODES)
+            where = vectors.load(builder.add(codes, moved), kind=CODES)
             window = builder.add(image, builder.mul(loop.index, image.type(8)))
             parts = [
-                builder.select(builder.icmp_signed("==", where, one), gradient, _ZEROS)
+                builder.select(builder.icmp_signed("==", where, one), gradient, ZEROS)
                 for one in wanted
             ]
             for y in range(reach):

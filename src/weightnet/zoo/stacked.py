@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from weightnet.zoo import fused
+from weightnet.zoo import fused, grouped
 from weightnet.zoo.dropout import Dropout, Uniform
 from weightnet.zoo.first_layer import FirstLayer
 
@@ -69,6 +69,7 @@ class StackedConv2d(nn.Module):
             and conv.padding == (self.same, self.same)
             and conv.kernel_size == (2 * self.same + 1, 2 * self.same + 1)
         )
+        self.dense = conv.groups == 1 and conv.dilation == (1, 1)
         self.depthwise = keeps_size and conv.in_channels == conv.out_channels == conv.groups
         self.reads_grey = (
             keeps_size and conv.in_channels == 1 < conv.out_channels and conv.bias is not None
@@ -86,7 +87,11 @@ class StackedConv2d(nn.Module):
             readable = x.shape[1] > 1 and x.dtype == torch.float32 and not x.requires_grad
             if self.pool is not None and readable:
                 return cast(Tensor, FirstLayer.apply(x, self.weight, self.bias, self.pool.floor))
-        y = F.conv2d(x, self.weight, self.bias, *self.arguments, self.groups)  # type: ignore[arg-type]
+        if self.dense and grouped.can_read(x):
+            stride, padding, _ = self.arguments
+            y = grouped.Convolution.apply(x, self.weight, self.bias, stride, padding, self.groups)
+        else:
+            y = F.conv2d(x, self.weight, self.bias, *self.arguments, self.groups)  # type: ignore[arg-type]
         return y if self.pool is None else self.pool(y)
 
 
@@ -220,9 +225,8 @@ class StackedConcatenation(nn.Module):
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
         """Join each model's channels."""
-        batch, _, height, width = tensors[0].shape
-        parts = [tensor.reshape(batch, self.stack, -1, height, width) for tensor in tensors]
-        return torch.cat(parts, dim=2).reshape(batch, -1, height, width)
+        parts = [x.permute(0, 2, 3, 1).unflatten(3, (self.stack, -1)) for x in tensors]
+        return torch.cat(parts, dim=4).flatten(3).permute(0, 3, 1, 2)
 
 
 def _restack(module: fx.GraphModule, stack: int) -> None:

@@ -19,14 +19,23 @@ from torch.utils import deterministic
 
 from weightnet.compute import default_device, default_jobs, worker_pool
 from weightnet.tasks import load_task
-from weightnet.zoo import dropout, first_layer, fused, properties, stacked, training
+from weightnet.zoo import (
+    dropout,
+    first_layer,
+    fused,
+    grouped,
+    properties,
+    stacked,
+    training,
+    vectors,
+)
 from weightnet.zoo.architectures import build
 from weightnet.zoo.properties import PropertyConfig, measure_properties
 from weightnet.zoo.stacked import StackedModule, graph_text
 from weightnet.zoo.store import write_stack
 from weightnet.zoo.training import train_stack
 
-CODE = (training, stacked, dropout, fused, first_layer, properties)  # what trains and measures
+CODE = (training, stacked, dropout, fused, first_layer, grouped, vectors, properties)
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,7 @@ def train_stack(
     optimizer = _Optimizer(rows, views, torch.device(device))
     snapshot = stack.snapshot()
     safe = [(snapshot, row) for row in alive]  # the last weights seen to give a finite loss
-    last = list(batches.at(0)[0])  # images of each run
+    last: dict[int, Tensor] = {}  # images of each run
     step = 0
     while alive:
         inputs, targets = batches.at(step)
@@ -282,9 +282,9 @@ def train_stack(
         for row, i in enumerate(alive):
             if ended[row]:
                 source, at = (stack.stacked_state(), row) if finite[row] else safe[i]
-                states[i] = model_state(source, at)
-                diverged_at[i] = -1 if finite[row] else step - 1
-                last[i] = inputs[row]
+                states[i], last[i] = model_state(source, at), inputs[row]
+                if not finite[row]:
+                    diverged_at[i] = step - 1
         keep = [row for row in range(len(alive)) if not ended[row]]
         alive = [alive[row] for row in keep]
         if alive:
@@ -293,7 +293,8 @@ def train_stack(
             optimizer.keep(rows_kept)
             stack.keep(rows_kept)
             views = _parameter_views(stack)
-    for i, sound in enumerate(_are_sound(stack, states, torch.stack(last))):
+    seen = torch.stack([last[i] for i in range(len(rows))])
+    for i, sound in enumerate(_are_sound(stack, states, seen)):
         if diverged_at[i] == -1 and not sound:
             states[i], diverged_at[i] = model_state(*safe[i]), rows[i]["steps"] - 1
     return TrainedStack([{n: t.cpu() for n, t in state.items()} for state in states], diverged_at)
