@@ -1,6 +1,8 @@
 """Score every predictor on every split: metrics/."""
 
 import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from weightnet.command import (
     reported,
     writing,
 )
-from weightnet.compute import single_thread
+from weightnet.compute import single_thread, spread_map
 from weightnet.durable import replace_file, sweep, write_text
 from weightnet.evaluation.interpretation import AGREEMENT, IMPORTANCE, interpret
 from weightnet.evaluation.invariance import audit
@@ -75,6 +77,41 @@ def sample(networks: Networks, per_family: int) -> Networks:
     return networks.select(np.array(chosen))
 
 
+@dataclass(frozen=True)
+class Audit:
+    """What is the same for the audits of all predictors, which are fitted on ``split``."""
+
+    families: tuple[str, ...]
+    split: str
+    config: AuditConfig
+    form: CanonicalForm
+    probes: ProbesConfig
+
+    @cached_property
+    def prober(self) -> Prober:
+        """Runs the copies."""
+        return Prober(self.probes, ZOO)
+
+    @cached_property
+    def networks(self) -> Networks:
+        """A sample, which each process reads for itself."""
+        networks = read_networks([TOKENS / family for family in self.families])
+        return sample(networks, self.config.networks_per_family).runnable(self.prober.modules)
+
+    def of(self, name: str) -> pd.DataFrame:
+        """The audit of one predictor."""
+        fitted = Predictor.load(FITTED / f"{name}-{self.split}" / "seed0")
+        return audit(
+            fitted,
+            self.networks.select(fitted.accepts(self.networks)),
+            split=self.split,
+            generator=torch_generator("audit", name),
+            copies=self.config.copies,
+            canonicalize=self.form.apply,
+            build=self.prober.networks if PREDICTORS[name].needs_forward else None,
+        )
+
+
 def main() -> None:
     """Score the predictions of all predictors on all splits, with intervals, floors and controls.
 
@@ -108,24 +145,21 @@ def main() -> None:
             differences = evaluation.differences(ours)
             seeds = sorted(predictions["seed"].unique())
 
-            prober = Prober(load_section(ProbesConfig, "tokenize_zoo", "probes"), ZOO)
-            audited = sample(networks, config.audit.networks_per_family).runnable(prober.modules)
+            audits = Audit(
+                tuple(families),
+                splits[0],
+                config.audit,
+                form,
+                load_section(ProbesConfig, "tokenize_zoo", "probes"),
+            )
             readers = [name for name in predictors if PREDICTORS[name].reads_weights]
             changes = []
-            with Progress("invariance audit", len(readers), "predictors") as progress:
-                for name in readers:
-                    fitted = Predictor.load(FITTED / f"{name}-{splits[0]}" / "seed0")
-                    changes.append(
-                        audit(
-                            fitted,
-                            audited.select(fitted.accepts(audited)),
-                            split=splits[0],
-                            generator=torch_generator("audit", name),
-                            copies=config.audit.copies,
-                            canonicalize=form.apply,
-                            build=prober.networks if PREDICTORS[name].needs_forward else None,
-                        )
-                    )
+            with (
+                Progress("invariance audit", len(readers), "predictors") as progress,
+                spread_map(len(readers)) as spread,
+            ):
+                for changed in spread(audits.of, readers):
+                    changes.append(changed)
                     progress.advance()
 
             importance, agreement = (
@@ -140,7 +174,7 @@ def main() -> None:
                 with Progress("importance", 2 + len(others), "maps") as progress:
                     importance, agreement = interpret(
                         first,
-                        audited,
+                        audits.networks,
                         other=next(iter(others), None),
                         advance=progress.advance,
                     )

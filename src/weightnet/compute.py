@@ -7,10 +7,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.queues import Queue
+from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -98,6 +99,18 @@ def worker_pool(jobs: int) -> Iterator[tuple[ProcessPoolExecutor, Queue[str]]]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def spread_map(tasks: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Yield ``map``, whose calls run in worker processes as far as there are cores and tasks, in
+    this process if one is enough. Functions and arguments must be picklable."""
+    jobs = min(default_jobs(), tasks)
+    if jobs <= 1:
+        yield map
+        return
+    with worker_pool(jobs) as (pool, _):
+        yield pool.map
 
 
 def tell(note: str) -> None:

@@ -17,8 +17,7 @@ the same features.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from weightnet.compute import default_device, default_jobs, worker_pool
+from weightnet.compute import default_device, spread_map
 from weightnet.predictors.fitting import Batches, FitConfig, seeded
 from weightnet.predictors.interface import Predictor
 from weightnet.predictors.learned import ModulePredictor
@@ -149,12 +148,7 @@ def _attributions(
     for predictor, modules in models:
         batches = predictor.reader.batches(networks, training=False)
         work += [(module, batches, counts, predictor.fit_config) for module in modules]
-    jobs = min(default_jobs(), len(work))
-    spread: Callable[..., Iterator[Array]] = map
-    with ExitStack() as opened:
-        if jobs > 1:
-            pool, _ = opened.enter_context(worker_pool(jobs))
-            spread = pool.map
+    with spread_map(len(work)) as spread:
         found = spread(_module_attributions, *zip(*work, strict=True))
         for _, modules in models:
             values: Array = np.mean([next(found) for _ in modules], axis=0)
