@@ -140,3 +140,23 @@ def test_only_what_is_asked_for_is_measured() -> None:
         "half_a.test_loss",
         "half_b.test_loss",
     ]
+
+
+def test_an_attack_computes_no_gradients_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = []
+
+    def noted(loss: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        wanted.append(loss.grad_fn)
+        return gradient(loss, inputs)
+
+    gradient = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", noted)
+    measure(["adversarial_accuracy"])
+    nodes, leaves = list(wanted), set()
+    while nodes:
+        for node, _ in nodes.pop().next_functions:
+            if node is not None:
+                nodes.append(node)
+                if hasattr(node, "variable"):
+                    leaves.add(tuple(node.variable.shape[2:]))
+    assert wanted and leaves == {(1, 8, 8)}

@@ -157,7 +157,7 @@ def measure_properties(
     Returns one row a network with ``property.<name>``, ``half_a.<name>`` and ``half_b.<name>``
     (float64).
     """
-    stack = stack.eval()
+    stack = stack.eval().requires_grad_(False)  # attacks want gradients of images alone
     needed = {condition for name in properties for condition in PROPERTIES[name].conditions}
     measured = {
         condition: _CONDITIONS[condition](stack, recipes, task, config) for condition in needed
