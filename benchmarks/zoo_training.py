@@ -96,8 +96,8 @@ def cases(width: int, depth: int) -> list[Case]:
         Case("cnn", "digits", 16, 240, cnn, 8),
         Case("cnn", "fashion", 16, 80, drawn, 4, DRAWN),
         Case("cnn", "digits", 16, 120, drawn, 8, DRAWN),
-        Case("resnet18", "fashion", 7, 24, {**small, "width": [0.125]}, 3),
-        Case("mobilenet_v2", "fashion", 7, 24, {**small, "width": [0.25]}, 3),
+        Case("resnet18", "fashion", 7, 160, {**small, "width": [0.125]}, 3),
+        Case("mobilenet_v2", "fashion", 7, 160, {**small, "width": [0.25]}, 3),
     ]
 
 
