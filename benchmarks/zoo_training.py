@@ -10,6 +10,10 @@ per core with one thread each, which is how the stage runs; the rivals one proce
 threads, and plain PyTorch also with one thread, since small networks are often slower with more:
 the faster of the two counts.
 
+On a GPU a stack is larger, runs are longer, everything lies on it, and the rivals train a part of
+the recipes, whose time is scaled by steps. They do not look at the loss there, which would be
+waiting.
+
 The operations are those of convolutions and linear layers, a backward pass counted as two forward
 ones; the machine's rate is that of large float32 matrix products, measured in each round. The last
 line is the smallest ratio to plain PyTorch.
@@ -40,7 +44,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from weightnet.command import load_section, reported
-from weightnet.compute import default_device
+from weightnet.compute import default_device, default_jobs
 from weightnet.tasks import Task, load_task
 from weightnet.zoo.architectures import build
 from weightnet.zoo.recipes import FamilyConfig, RecipeConfig, sample_recipes
@@ -62,6 +66,9 @@ HEADERS = (
 )
 MACHINE_HEADERS = ("stacked", "plain", "one thread", "DataLoader", "x plain", "x DataLoader")
 DRAWN = 8  # shapes of the CNNs that are drawn
+GPU_STACK = 16  # times as many networks in a stack on a GPU
+GPU_RIVALS = 4  # networks of a stack that a rival trains on a GPU
+GPU_STEPS = 4  # times as long runs on a GPU: about as long as those of params.yaml
 SIZE = 1024  # of the matrices whose product tells the machine's rate
 
 
@@ -127,8 +134,10 @@ def main(
         if not chosen:
             raise ValueError(f"--only must be a measured family, however: it is {only}")
         for case in chosen:
-            count = (stack or case.stack) if not quick else 4
-            longest = max(4, case.steps // 10) if quick else case.steps
+            usual = case.stack * (1 if device.type == "cpu" else GPU_STACK)
+            count = (stack or usual) if not quick else 4
+            longest = case.steps * (1 if device.type == "cpu" else GPU_STEPS)
+            longest = max(4, longest // 10) if quick else longest
             turns = 1 if quick else rounds
             cells, ratio = (measure_machine if machine else measure)(
                 case, ranges, seed, turns, count, longest, batch
@@ -184,7 +193,10 @@ def measure(
     table, and the ratio to plain PyTorch."""
     recipes = sample(case, ranges, seed, stack, steps, batch)
     task, device = load_task(case.task), default_device()
-    sides = {name: trainer(name, case, recipes) for name in ("stacked", "plain", "DataLoader")}
+    few = recipes if device.type == "cpu" else spaced(recipes, GPU_RIVALS)
+    trained = {"stacked": recipes, "plain": few, "DataLoader": few}
+    sides = {name: trainer(name, case, rows) for name, rows in trained.items()}
+    scales = {name: recipes["steps"].sum() / rows["steps"].sum() for name, rows in trained.items()}
     for side in sides.values():
         side(2)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -194,7 +206,7 @@ def measure(
         for name in rotated(list(sides), turn):
             start = time.perf_counter()
             sides[name](None)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(scales[name] * (time.perf_counter() - start))
     total = sum(
         3.0 * forward_operations(new_module(case, rows), task) * batch * float(rows["steps"].sum())
         for rows in stacks(recipes)
@@ -208,8 +220,7 @@ def measure_machine(
 ) -> tuple[list[str], float]:
     """As `measure`, all cores for each side in turn; stacks of other recipes on further cores."""
     samples = [
-        sample(case, ranges, seed + core, stack, steps, batch)
-        for core in range(os.cpu_count() or 1)
+        sample(case, ranges, seed + core, stack, steps, batch) for core in range(default_jobs())
     ]
     sides = {
         "stacked": [("stacked", 1, case, recipes) for recipes in samples],
@@ -243,6 +254,14 @@ def train_apart(name: str, threads: int, case: Case, recipes: pd.DataFrame) -> f
     start = time.perf_counter()
     side(None)
     return time.perf_counter() - start
+
+
+def spaced(recipes: pd.DataFrame, count: int) -> pd.DataFrame:
+    """About so many recipes of each stack, of long and short runs."""
+    parts = [rows.sort_values("steps") for rows in stacks(recipes)]
+    return pd.concat(
+        [rows.iloc[(len(rows) // count) // 2 :: max(1, len(rows) // count)] for rows in parts]
+    )
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
@@ -288,7 +307,7 @@ def trainer(name: str, case: Case, recipes: pd.DataFrame) -> Callable[[int | Non
 
     if name == "stacked":
         return stacked
-    images = task.train_inputs
+    images = task.train_inputs.to(device)
     train: Rival = {"plain": train_plain, "DataLoader": train_loaded}[name]
 
     def each(steps: int | None) -> None:
@@ -305,10 +324,10 @@ def trainer(name: str, case: Case, recipes: pd.DataFrame) -> Callable[[int | Non
 def train_plain(
     module: nn.Module, recipe: Recipe, task: Task, images: Tensor, device: torch.device
 ) -> None:
-    """One run on tensors in memory: what train_stack computes for it."""
-    indices, labels = training_subset(recipe, task)
-    order = batch_order(recipe)
-    shifts = shift_order(recipe) if recipe["augmentation"] else None
+    """One run on tensors in memory, the device's: what train_stack computes for it."""
+    indices, labels = (values.to(device) for values in training_subset(recipe, task))
+    order = batch_order(recipe).to(device)
+    shifts = shift_order(recipe).to(device) if recipe["augmentation"] else None
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for step, positions in enumerate(order):
@@ -327,7 +346,7 @@ def train_loaded(
     indices, labels = training_subset(recipe, task)
     generator = torch.Generator().manual_seed(recipe["seed"])
     loader = DataLoader(
-        TensorDataset(images[indices], labels),
+        TensorDataset(images.cpu()[indices], labels),
         batch_size=min(recipe["batch_size"], len(labels)),
         shuffle=True,
         drop_last=True,
@@ -350,7 +369,7 @@ def train_on(
     device: torch.device,
 ) -> None:
     """The loop that both rivals share: torch.optim under a cosine schedule, stopped at the first
-    loss that is not finite."""
+    loss that is not finite (on a GPU: never)."""
     initialize(module, recipe)
     for layer in module.modules():
         if isinstance(layer, nn.Dropout):
@@ -366,7 +385,7 @@ def train_on(
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / recipe["steps"]))
         loss = F.cross_entropy(module(images.to(device)), labels.to(device))
-        if not bool(torch.isfinite(loss)):
+        if device.type == "cpu" and not bool(torch.isfinite(loss)):
             return
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -37,8 +37,8 @@ def plain_modules(family: str, **changes: Any) -> list[nn.Module]:
     return modules
 
 
-def stack_of(modules: list[nn.Module]) -> StackedModule:
-    stack = StackedModule(modules[0], len(modules))
+def stack_of(modules: list[nn.Module], by_model: bool = False) -> StackedModule:
+    stack = StackedModule(modules[0], len(modules), by_model)
     stack.load([module.state_dict() for module in modules])
     return stack
 
@@ -56,35 +56,55 @@ def without_dropout(modules: list[nn.Module]) -> list[nn.Module]:
     return modules
 
 
+layouts = pytest.mark.parametrize("by_model", [False, True])
+
+
+@layouts
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_a_stack_equals_its_plain_modules(family: str, mode: str) -> None:
+def test_a_stack_equals_its_plain_modules(family: str, mode: str, by_model: bool) -> None:
     modules = without_dropout(plain_modules(family))
-    stack = stack_of(modules)
+    stack = stack_of(modules, by_model)
     for module in [stack, *modules]:
         module.train(mode == "train")
-    x = images()
+    x = images().requires_grad_()
     together = stack(x)
     alone = torch.stack([module(batch) for module, batch in zip(modules, x, strict=True)])
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-8)
+    slopes = torch.autograd.grad(together.square().sum(), [x, *stack.parameters()])
+    plain = (dict(module.named_parameters()) for module in modules)
+    names = [name for name, _ in stack.module.named_parameters()]
+    stacked_plain = [[parameters[name] for name in names] for parameters in plain]
+    flat = [tensor for parameters in stacked_plain for tensor in parameters]
+    x_slope, *others = torch.autograd.grad(alone.square().sum(), [x, *flat])
+    torch.testing.assert_close(slopes[0], x_slope, rtol=1e-5, atol=1e-7)
+    for i, slope in enumerate(slopes[1:]):
+        torch.testing.assert_close(
+            slope.view(MODELS, -1, *slope.shape[1:]),
+            torch.stack(others[i :: len(names)]),
+            rtol=1e-5,
+            atol=1e-7,
+        )
     for state, module in zip(stack.states(), modules, strict=True):  # BatchNorm's statistics too
         for name, tensor in state.items():
             torch.testing.assert_close(tensor, module.state_dict()[name], rtol=1e-6, atol=1e-8)
 
 
+@layouts
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_states_return_what_was_loaded(family: str) -> None:
+def test_states_return_what_was_loaded(family: str, by_model: bool) -> None:
     modules = plain_modules(family)
-    for state, module in zip(stack_of(modules).states(), modules, strict=True):
+    for state, module in zip(stack_of(modules, by_model).states(), modules, strict=True):
         plain = {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
         assert set(state) == set(plain)
         assert all(torch.equal(state[name], plain[name]) for name in plain)
 
 
+@layouts
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_stack_that_drops_models_is_a_stack_of_the_others(family: str) -> None:
+def test_a_stack_that_drops_models_is_a_stack_of_the_others(family: str, by_model: bool) -> None:
     modules = without_dropout(plain_modules(family))
-    stack, others = stack_of(modules), stack_of([modules[0], modules[2]])
+    stack, others = (stack_of(m, by_model) for m in (modules, [modules[0], modules[2]]))
     stack.keep(torch.tensor([0, 2]))
     x = images()[[0, 2]]
     assert torch.equal(stack(x), others(x))
@@ -94,20 +114,22 @@ def test_a_stack_that_drops_models_is_a_stack_of_the_others(family: str) -> None
         assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-def test_a_model_that_overflows_does_not_reach_its_neighbours() -> None:
+@layouts
+def test_a_model_that_overflows_does_not_reach_its_neighbours(by_model: bool) -> None:
     modules = plain_modules("cnn", batchnorm=False)
     with torch.no_grad():
         next(modules[1].parameters()).fill_(float("inf"))
     x = images()
-    together = stack_of(modules).eval()(x)
+    together = stack_of(modules, by_model).eval()(x)
     assert not bool(torch.isfinite(together[1]).all())
     for i in (0, 2):
         torch.testing.assert_close(together[i], modules[i].eval()(x[i]))
 
 
-def test_each_model_has_its_own_dropout() -> None:
+@layouts
+def test_each_model_has_its_own_dropout(by_model: bool) -> None:
     modules = plain_modules("cnn", batchnorm=False, dropout=0.5)
-    stack, x = stack_of(modules), images()
+    stack, x = stack_of(modules, by_model), images()
     probabilities = torch.tensor([0.0, 0.2, 0.9])
     stack.set_dropout(probabilities, torch.Generator().manual_seed(1))
     first, second = stack.train()(x), stack(x)
@@ -126,7 +148,7 @@ def test_each_model_has_its_own_dropout() -> None:
 def test_dropout_keeps_the_expectation_at_each_model_probability(shape: tuple[int, ...]) -> None:
     from weightnet.zoo.stacked import StackedDropout
 
-    layer = StackedDropout(4)
+    layer = StackedDropout(4, by_model=False)
     layer.keep(torch.tensor([1.0, 0.8, 0.5, 0.2]))
     layer.numbers = torch.Generator().manual_seed(0)
     x = torch.ones(4, 20, 3000) if len(shape) == 2 else torch.ones(shape)
@@ -158,6 +180,22 @@ def test_kernels_and_rewriting_change_no_bit(
         y = stack(images().float())
         results.append([y, *torch.autograd.grad(y.square().sum(), list(stack.parameters()))])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1, 1)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_batched_layers_are_torchs(pool: nn.MaxPool2d, stride: int) -> None:
+    convs = (nn.Conv2d(2, 4, 5, stride, 2), nn.Conv2d(4, 3, 1, stride), nn.Conv2d(2, 4, 3, stride))
+    for conv in convs[:2], convs[2:]:
+        modules = [nn.Sequential(*conv, nn.ReLU(), pool).double() for _ in range(MODELS)]
+        x = torch.randn(MODELS, IMAGES, 2, 11, 10, dtype=torch.float64).round(decimals=1)
+        x.requires_grad_()
+        stack = stack_of(modules, by_model=True)
+        together = stack(x).unflatten(0, (MODELS, IMAGES))
+        alone = torch.stack([modules[0](batch) for batch in x])
+        torch.testing.assert_close(together, alone)
+        slope, plain = (torch.autograd.grad(y.square().sum(), x)[0] for y in (together, alone))
+        torch.testing.assert_close(slope, plain)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

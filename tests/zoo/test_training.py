@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from weightnet.tasks import load_task
+from weightnet.zoo import training
 from weightnet.zoo.architectures import build
 from weightnet.zoo.training import (
     MOMENTUM,
@@ -83,21 +84,47 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    return str(request.param)
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_stack_trains_like_its_runs_alone(shape: str) -> None:
+def test_a_stack_trains_like_its_runs_alone(shape: str, device: str) -> None:
     family, arguments = SHAPES[shape]
     if family != "cnn":
         arguments = {**arguments, "stem": "small", "image_channels": 1, "classes": 10}
     rows = [recipe(number) for number in range(3)]
     task = load_task("digits")
     # In float64, because a deep BatchNorm network amplifies rounding a thousandfold each step.
-    trained = train_stack(build(family, **arguments).double(), pd.DataFrame(rows), task)
+    trained = train_stack(build(family, **arguments).double(), pd.DataFrame(rows), task, device)
     assert trained.diverged_at == [-1, -1, -1]
     for row, state in zip(rows, trained.states, strict=True):
         plain = train_plainly(build(family, **arguments).double(), row).state_dict()
         assert set(state) == {n for n, t in plain.items() if t.is_floating_point()}
         for name, tensor in state.items():
             torch.testing.assert_close(tensor, plain[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
+def test_runs_that_leave_together_are_what_they_were_at_their_end(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [recipe(number, steps=2 + 7 * number) for number in range(5)]
+    rows[2]["learning_rate"] = 1e30
+    table, task = pd.DataFrame(rows), load_task("digits")
+    module = build("cnn", size=8, width=4, depth=2).double()
+    at_once = train_stack(module, table, task)
+    monkeypatch.setattr(training, "_going_share", lambda device: 0.3)
+    together = train_stack(module, table, task, device)
+    assert at_once.diverged_at == together.diverged_at
+    assert together.diverged_at[2] >= 0
+    for one, other in zip(at_once.states, together.states, strict=True):
+        for name, tensor in one.items():
+            torch.testing.assert_close(tensor, other[name], rtol=1e-6, atol=1e-8)
 
 
 def test_a_fused_step_is_torchs() -> None:
@@ -107,7 +134,7 @@ def test_a_fused_step_is_torchs() -> None:
     fast, plain = (_Optimizer(rows, [start.clone()], torch.device("cpu")) for _ in range(2))
     for step, gradient in enumerate(gradients):
         fast.step(step, [gradient])
-        plain.step_plainly(step, gradient.clone())
+        plain.step_plainly(torch.tensor([step]), gradient.clone())
         for name in ("weights", "first"):
             torch.testing.assert_close(
                 getattr(fast, name), getattr(plain, name), rtol=1e-6, atol=1e-7

@@ -3,10 +3,10 @@
 A convolution is a set of triples: a pixel of the result, a pixel it reads, and the tap of the
 kernel between them. Its result, the gradient of what it reads and that of its weights are three
 sums of products over the same set, so that neither padding nor strides cost an operation. Images
-share a triple: eight of them are summed at once, in registers, with the channels of a model's
-result as lanes of a vector; of the weights' gradient, a model's input channels are. torch's
-kernels keep the machine busier where channels fill vectors of sixteen and maps are large: `pays`
-says where these here do.
+share a triple: eight of them are summed at once, in registers (of the weights' gradient, input
+channels), with the channels of a model's result as lanes of a vector. torch's kernels keep the
+machine busier where channels fill vectors of sixteen and maps are large: `pays` says where these
+here do.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ another. It is checked against the plain modules, one at a time, in tests/zoo/te
 Layouts: images and feature maps are [B, S * channels, height, width] (channels last in memory,
 which is what the CPU's grouped kernels want); after a flatten, [S, B, features]. Every state
 tensor of the stack is [S * d0, ...] where the plain one is [d0, ...], so that a view as [S, d0,
-...] separates the models.
+...] separates the models. ``by_model``, for GPUs, images and maps are [S * B, channels, height,
+width] instead: `weightnet.zoo.batched`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from weightnet.zoo import fused, grouped
+from weightnet.zoo.batched import BatchedConv2d, BatchedFlatten, BatchedMaxPool2d, BatchedNorm2d
 from weightnet.zoo.dropout import Dropout, Uniform
 from weightnet.zoo.first_layer import FirstLayer
 
@@ -115,9 +117,9 @@ class StackedLinear(nn.Module):
 class StackedDropout(nn.Module):
     """Dropout with a probability for each model; its masks come from the given generator."""
 
-    def __init__(self, stack: int) -> None:
+    def __init__(self, stack: int, by_model: bool) -> None:
         super().__init__()
-        self.stack = stack
+        self.stack, self.by_model = stack, by_model
         self.kept = torch.ones(stack)  # probabilities
         self.drops = False
         self.numbers: Uniform | torch.Generator | None = None
@@ -136,13 +138,14 @@ class StackedDropout(nn.Module):
             if fused.is_channels_last(x) and x.dtype == keep.dtype:
                 return cast(Tensor, Dropout.apply(x, self.numbers, keep))
             uniform = self.numbers.rand(x.shape)
+            if x.ndim == 4:
+                uniform = uniform.contiguous(memory_format=torch.channels_last)
         else:
-            uniform = torch.rand(x.shape, generator=self.numbers, device=x.device)
-        if x.ndim == 3:
-            keep = keep.view(self.stack, 1, 1)
+            uniform = torch.empty_like(x).uniform_(generator=self.numbers)
+        if x.ndim == 3 or self.by_model:
+            keep = keep.repeat_interleave(len(x) // self.stack).view(-1, *[1] * (x.ndim - 1))
         else:
             keep = keep.repeat_interleave(x.shape[1] // self.stack).view(1, -1, 1, 1)
-            uniform = uniform.contiguous(memory_format=torch.channels_last)
         return x * (uniform < keep) / keep
 
 
@@ -229,7 +232,7 @@ class StackedConcatenation(nn.Module):
         return torch.cat(parts, dim=4).flatten(3).permute(0, 3, 1, 2)
 
 
-def _restack(module: fx.GraphModule, stack: int) -> None:
+def _restack(module: fx.GraphModule, stack: int, by_model: bool) -> None:
     """Replace, in place, the calls whose meaning depends on the layout: flatten and
     concatenation."""
     for node in module.graph.nodes:
@@ -240,13 +243,15 @@ def _restack(module: fx.GraphModule, stack: int) -> None:
         if node.op != "call_function" or node.target in _POINTWISE_FUNCTIONS:
             continue
         if node.target is torch.flatten:
-            layer: nn.Module = StackedFlatten(stack)
+            layer: nn.Module = BatchedFlatten(stack) if by_model else StackedFlatten(stack)
         elif node.target is torch.cat:
             dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
             if dim != 1:
                 raise ValueError(
                     f"a stacked concatenation must join channels (dim 1), however: {dim=}"
                 )
+            if by_model:
+                continue
             layer = StackedConcatenation(stack)
         else:
             raise ValueError(
@@ -279,8 +284,8 @@ def _pool_before_relu(module: fx.GraphModule) -> None:
             continue
         (pool,) = relu.users
         layer = layers.get(str(pool.target))
-        if isinstance(layer, StackedMaxPool2d):
-            module.add_submodule(f"{relu.name}_pooled", StackedMaxPool2d(layer.pool, True))
+        if isinstance(layer, StackedMaxPool2d | BatchedMaxPool2d):
+            module.add_submodule(f"{relu.name}_pooled", type(layer)(layer.pool, True))
             pool.target = f"{relu.name}_pooled"
             _skip(module, relu)
 
@@ -335,19 +340,21 @@ def _write_over(module: fx.GraphModule) -> None:
             additions.add(node.target)
 
 
-def _stacked_layer(layer: nn.Module, stack: int, name: str) -> nn.Module:
+def _stacked_layer(layer: nn.Module, stack: int, by_model: bool, name: str) -> nn.Module:
     if isinstance(layer, nn.Conv2d):
-        return StackedConv2d(layer, stack)
+        return BatchedConv2d(layer, stack) if by_model else StackedConv2d(layer, stack)
     if isinstance(layer, nn.Linear):
         return StackedLinear(layer, stack)
     if isinstance(layer, nn.BatchNorm2d):
+        if by_model:
+            return BatchedNorm2d(layer, stack)
         return nn.BatchNorm2d(
             layer.num_features * stack, layer.eps, layer.momentum, dtype=layer.weight.dtype
         )
     if isinstance(layer, nn.Dropout):
-        return StackedDropout(stack)
+        return StackedDropout(stack, by_model)
     if isinstance(layer, nn.MaxPool2d):
-        return StackedMaxPool2d(layer)
+        return BatchedMaxPool2d(layer) if by_model else StackedMaxPool2d(layer)
     if isinstance(layer, _POINTWISE):
         layer = copy.deepcopy(layer)
         if hasattr(layer, "inplace"):
@@ -358,7 +365,10 @@ def _stacked_layer(layer: nn.Module, stack: int, name: str) -> nn.Module:
     )
 
 
-_COUNTING = (StackedLinear, StackedDropout, StackedFlatten, StackedConcatenation)
+_COUNTING = (
+    *(StackedLinear, StackedDropout, StackedFlatten, StackedConcatenation),
+    *(BatchedConv2d, BatchedNorm2d, BatchedFlatten),
+)
 
 
 def graph_text(module: nn.Module) -> str:
@@ -371,13 +381,13 @@ class StackedModule(nn.Module):
     """S models of ``module``'s shape. `load` fills it from plain state dicts, `states` reads them
     back."""
 
-    def __init__(self, module: nn.Module, stack: int) -> None:
+    def __init__(self, module: nn.Module, stack: int, by_model: bool = False) -> None:
         super().__init__()
         traced = fx.symbolic_trace(copy.deepcopy(module))
         for name, layer in list(traced.named_modules()):
             if name and not list(layer.children()) and not isinstance(layer, nn.Sequential):
-                traced.set_submodule(name, _stacked_layer(layer, stack, name))
-        _restack(traced, stack)
+                traced.set_submodule(name, _stacked_layer(layer, stack, by_model, name))
+        _restack(traced, stack, by_model)
         _skip_identities(traced)
         _pool_before_relu(traced)
         _average_rectified(traced)
@@ -385,12 +395,12 @@ class StackedModule(nn.Module):
         _write_over(traced)
         traced.delete_all_unused_submodules()
         traced.recompile()
-        self.stack = stack
+        self.stack, self.by_model = stack, by_model
         self.module = traced
 
     def forward(self, images: Tensor) -> Tensor:
         """images [S, B, channels, height, width] -> logits [S, B, C]."""
-        x = images.transpose(0, 1).flatten(1, 2)
+        x = images.flatten(0, 1) if self.by_model else images.transpose(0, 1).flatten(1, 2)
         return self.module(x.contiguous(memory_format=torch.channels_last))
 
     def set_dropout(self, probabilities: Tensor, generator: torch.Generator) -> None:
@@ -449,6 +459,12 @@ class StackedModule(nn.Module):
         """Copies of the S plain state dicts (floating-point tensors)."""
         stacked = self.stacked_state()
         return [model_state(stacked, row) for row in range(self.stack)]
+
+
+def stack_on(device: torch.device | str, module: nn.Module, stack: int) -> StackedModule:
+    """A stack on a device, in the layout that it computes fastest."""
+    device = torch.device(device)
+    return StackedModule(module, stack, by_model=device.type != "cpu").to(device)
 
 
 def model_state(stacked: State, row: int) -> State:

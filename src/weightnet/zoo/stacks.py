@@ -20,6 +20,7 @@ from torch.utils import deterministic
 from weightnet.compute import default_device, default_jobs, worker_pool
 from weightnet.tasks import load_task
 from weightnet.zoo import (
+    batched,
     dropout,
     first_layer,
     fused,
@@ -31,11 +32,13 @@ from weightnet.zoo import (
 )
 from weightnet.zoo.architectures import build
 from weightnet.zoo.properties import PropertyConfig, measure_properties
-from weightnet.zoo.stacked import StackedModule, graph_text
+from weightnet.zoo.stacked import graph_text, stack_on
 from weightnet.zoo.store import write_stack
 from weightnet.zoo.training import train_stack
 
-CODE = (training, stacked, dropout, fused, first_layer, grouped, vectors, properties)
+MODULES = (training, stacked, batched, dropout, fused, first_layer, grouped, vectors, properties)
+CODE = [Path(str(module.__file__)) for module in MODULES]  # what trains and measures
+CODE.append(CODE[2].with_name("triton_kernels.py"))  # imported where there is Triton
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Stack:
         module = build(first["family"], **json.loads(first["arguments"]))
         device = str(default_device())
         trained = train_stack(module, self.recipes, task, device)
-        stack = StackedModule(module, len(self.recipes)).to(device)
+        stack = stack_on(device, module, len(self.recipes))
         stack.load(trained.states)
         measured = measure_properties(
             stack, self.recipes, task, list(self.properties), self.config
@@ -78,7 +81,7 @@ def plan_stacks(
             graph_text(build(first["family"], **json.loads(first["arguments"]))),
             load_task(first["task"]).digest(),
             json.dumps([properties, config.model_dump()], sort_keys=True),
-            *(Path(str(module.__file__)).read_text() for module in CODE),
+            *(path.read_text() for path in CODE),
         ]
         key = hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
         stacks.append(Stack(rows.reset_index(drop=True), tuple(properties), config, folder / key))
@@ -121,6 +124,7 @@ def _run_here(stacks: list[Stack]) -> Results:
 
 
 def _train_here(stack: Stack) -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's sums in a fixed order
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

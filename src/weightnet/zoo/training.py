@@ -2,8 +2,9 @@
 
 A run's initial weights, training images, noisy labels and batch order depend on its recipe alone
 (not on its neighbours in the stack); tests/zoo/test_training.py checks a stack against
-torch.optim, one run at a time. Runs leave the stack as they end. A run whose loss is no longer
-finite leaves it too, marked as diverged, with the last weights seen to give a finite loss.
+torch.optim, one run at a time. Runs leave the stack as they end, on a GPU some together. A run
+whose loss is no longer finite leaves it too, marked as diverged, with the last weights seen to
+give a finite loss.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from weightnet.randomness import derive_seed, numpy_generator, torch_generator
 from weightnet.tasks import Task
 from weightnet.zoo import fused
-from weightnet.zoo.stacked import StackedModule, State, model_state
+from weightnet.zoo.stacked import StackedModule, State, model_state, stack_on
 
 MOMENTUM = 0.9
 BETA_SQUARE = 0.999
@@ -101,10 +102,11 @@ def shift(images: Tensor, offsets: Tensor, reach: int) -> Tensor:
         return images
     height, width = images.shape[-2:]
     padded = F.pad(images, (reach, reach, reach, reach), mode="replicate")
-    rows = (offsets[:, 0, None] + reach + torch.arange(height))[:, None, :, None]
-    columns = (offsets[:, 1, None] + reach + torch.arange(width))[:, None, None, :]
-    channels = torch.arange(images.shape[1])[None, :, None, None]
-    return padded[torch.arange(len(images))[:, None, None, None], channels, rows, columns]
+    numbers = torch.arange(max(images.shape), device=images.device)
+    rows = (offsets[:, 0, None] + reach + numbers[:height])[:, None, :, None]
+    columns = (offsets[:, 1, None] + reach + numbers[:width])[:, None, None, :]
+    channels = numbers[: images.shape[1]][None, :, None, None]
+    return padded[numbers[: len(images)][:, None, None, None], channels, rows, columns]
 
 
 class _Batches:
@@ -113,44 +115,50 @@ class _Batches:
     def __init__(
         self, recipes: list[Recipe], task: Task, images: Tensor, device: torch.device
     ) -> None:
-        size = (max(recipe["steps"] for recipe in recipes), len(recipes), recipes[0]["batch_size"])
-        self.images, self.device = images, device
-        self.rows = torch.arange(len(recipes))
-        self.chosen = torch.zeros(size, dtype=torch.int64)
-        self.labels = torch.zeros(size, dtype=torch.int64)
-        self.offsets = torch.zeros((*size, 2), dtype=torch.int64)
-        self.reach = max(recipe["augmentation"] for recipe in recipes)
+        stack, most = len(recipes), max(recipe["train_images"] for recipe in recipes)
+        seen = (stack, max(recipe["steps"] for recipe in recipes), recipes[0]["batch_size"])
+        indices, labels = (torch.zeros(stack, most, dtype=torch.int64) for _ in range(2))
+        positions = torch.zeros(seen, dtype=torch.int32)
+        offsets = torch.zeros((*seen, 2), dtype=torch.int8)
         for row, recipe in enumerate(recipes):
-            indices, labels = training_subset(recipe, task)
-            order = batch_order(recipe)
-            self.chosen[: len(order), row] = indices[order]
-            self.labels[: len(order), row] = labels[order]
+            chosen, drawn = training_subset(recipe, task)
+            indices[row, : len(chosen)], labels[row, : len(drawn)] = chosen, drawn
+            positions[row, : recipe["steps"]] = batch_order(recipe)
             if recipe["augmentation"]:
-                self.offsets[: len(order), row] = shift_order(recipe)
+                offsets[row, : recipe["steps"]] = shift_order(recipe)
+        self.images = images.to(device)
+        self.indices, self.labels, self.positions, self.offsets = (
+            values.to(device) for values in (indices, labels, positions, offsets)
+        )
 
-    def at(self, step: int) -> tuple[Tensor, Tensor]:
+    def at(self, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """Images [S, B, channels, height, width], in memory as a stack reads them, and labels [S,
         B]."""
-        chosen, labels, offsets = (
-            values[step].index_select(0, self.rows)
-            for values in (self.chosen, self.labels, self.offsets)
-        )
+        positions, offsets = (_at(v, step).long() for v in (self.positions, self.offsets))
+        chosen, labels = (v.gather(1, positions) for v in (self.indices, self.labels))
         models, batch = chosen.shape
         channels, height, width = self.images.shape[1:]
-        room = torch.empty(
-            (batch, height, width, models, channels), dtype=self.images.dtype, device=self.device
-        )
-        inputs = room.permute(3, 0, 4, 1, 2)
-        if self.device.type == "cpu":
+        if self.images.device.type == "cpu":
+            room = torch.empty((batch, height, width, models, channels), dtype=self.images.dtype)
+            inputs = room.permute(3, 0, 4, 1, 2)
             fused.gather(self.images, chosen, offsets, inputs)
-        else:
-            images = shift(self.images[chosen.flatten()], offsets.flatten(0, 1), self.reach)
-            inputs.copy_(images.view(inputs.shape))
-        return inputs, labels.to(self.device)
+            return inputs, labels
+        rows, columns = (
+            (torch.arange(pixels, device=chosen.device) + offset[..., None]).clamp(0, pixels - 1)
+            for pixels, offset in zip((height, width), offsets.unbind(2), strict=True)
+        )
+        where = (chosen[..., None, None], rows[..., None], columns[:, :, None])
+        return self.images.permute(0, 2, 3, 1)[where].permute(0, 1, 4, 2, 3), labels
 
     def keep(self, rows: Tensor) -> None:
         """Drop the runs that are not in ``rows``."""
-        self.rows = self.rows[rows]
+        for name in ("indices", "labels", "positions", "offsets"):
+            setattr(self, name, getattr(self, name)[rows])
+
+
+def _at(values: Tensor, step: int | Tensor) -> Tensor:
+    """[S, steps, ...] -> [S, ...]; a step on a GPU is int64 [1]."""
+    return values[:, step] if isinstance(step, int) else values.index_select(1, step).squeeze(1)
 
 
 class _Optimizer:
@@ -180,10 +188,10 @@ class _Optimizer:
         self.second = torch.zeros_like(self.weights)
         self._view()
 
-    def step(self, t: int, gradients: Sequence[Tensor]) -> None:
+    def step(self, t: int | Tensor, gradients: Sequence[Tensor]) -> None:
         """Update ``weights`` by the gradients (each [S * d0, ...]) of step ``t`` (from 0)."""
         gradient = torch.cat([g.reshape(len(self.weights), -1) for g in gradients], dim=1)
-        if gradient.device.type != "cpu":
+        if not isinstance(t, int):
             self.step_plainly(t, gradient)
             return
         weights, first, second, adam, coupled, gain, rates, shrinkages = self._arrays
@@ -192,23 +200,20 @@ class _Optimizer:
             gradient,
             (first, second),
             (adam[:, 0], coupled[:, 0], gain[:, 0], shrinkages[:, t], rates[:, t]),
-            (MOMENTUM, BETA_SQUARE, 1 - BETA_SQUARE, *self._corrections(t), EPSILON),
+            (MOMENTUM, BETA_SQUARE, 1 - BETA_SQUARE, *_corrections(t), EPSILON),
         )
 
-    def step_plainly(self, t: int, gradient: Tensor) -> None:
-        """What `step` does, in calls of torch; ``gradient`` [S, parameters] is spoilt."""
-        rate, shrinkage = (values[:, t : t + 1] for values in (self.rates, self.shrinkages))
-        first_sum, second_sum = self._corrections(t)
+    def step_plainly(self, t: Tensor, gradient: Tensor) -> None:
+        """What `step` does, in calls of torch, with ``t`` on the device, int64 [1]; ``gradient``
+        [S, parameters] is spoilt."""
+        rate, shrinkage = (values.index_select(1, t) for values in (self.rates, self.shrinkages))
+        first_sum, second_sum = (c.to(gradient.dtype) for c in _corrections(t.double()))
         gradient.addcmul_(self.weights, self.coupled)
         self.first.mul_(MOMENTUM).addcmul_(gradient, self.gain)
         self.second.mul_(BETA_SQUARE).addcmul_(gradient, gradient, value=1 - BETA_SQUARE)
         root = (self.second / second_sum).sqrt_().add_(EPSILON)
         direction = torch.where(self.adam, self.first / first_sum / root, self.first)
         self.weights.mul_(shrinkage).addcmul_(rate, direction, value=-1)
-
-    def _corrections(self, t: int) -> tuple[float, float]:
-        """Of the first and second moment, which start from 0."""
-        return 1 - MOMENTUM ** (t + 1), 1 - BETA_SQUARE ** (t + 1)
 
     def _view(self) -> None:
         """Let ``parts`` be the weights of each parameter, each [S, ...]; and see all as arrays."""
@@ -224,6 +229,80 @@ class _Optimizer:
             if isinstance(value, Tensor):
                 setattr(self, name, value[rows])
         self._view()
+
+
+def _corrections(t: Any) -> tuple[Any, Any]:
+    """Of the first and second moment, which start from 0."""
+    return 1 - MOMENTUM ** (t + 1), 1 - BETA_SQUARE ** (t + 1)
+
+
+class _Steps:
+    """Steps of the runs in a stack.
+
+    A GPU records one and replays it, since it computes a step sooner than its kernels are launched
+    one by one (CUDA graphs, https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+    """
+
+    def __init__(
+        self,
+        stack: StackedModule,
+        batches: _Batches,
+        optimizer: _Optimizer,
+        generator: torch.Generator,
+    ) -> None:
+        self.stack, self.batches, self.optimizer = stack, batches, optimizer
+        self.generator = generator
+        self.views = _parameter_views(stack)
+        self.device = self.views[0].device
+        self.count = torch.zeros(1, dtype=torch.int64, device=self.device)  # of steps taken
+        self.is_first, self.is_recorded = True, False
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def take(self, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The losses [steps, S] before each update, and the images of the last step [S, B,
+        channels, height, width]."""
+        losses = []
+        for step in steps:
+            if self.device.type == "cpu":
+                found, images = self._compute(step)
+            elif self.is_first or self.device.type != "cuda":
+                self.is_first = False  # the first prepares what cannot be recorded
+                found, images = self._compute(self.count)
+            else:
+                found, images = self._replay()
+            losses.append(found)
+            self.count += 1
+        return torch.stack(losses), images
+
+    def _compute(self, step: int | Tensor) -> tuple[Tensor, Tensor]:
+        images, targets = self.batches.at(step)
+        logits = self.stack(images)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        losses = losses.view(targets.shape).mean(1)
+        gradients = torch.autograd.grad(losses.sum(), list(self.stack.parameters()))
+        self.optimizer.step(step, gradients)
+        torch._foreach_copy_(self.views, self.optimizer.parts)
+        return losses.detach(), images
+
+    def _replay(self) -> tuple[Tensor, Tensor]:
+        if self.graph is None or not self.is_recorded:
+            memory = None if self.graph is None else self.graph.pool()  # of the one it replaces
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph, pool=memory):
+                self.recorded = self._compute(self.count)
+            self.graph, self.is_recorded = graph, True
+        self.graph.replay()
+        losses, images = self.recorded
+        return losses.clone(), images
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop the runs that are not in ``rows``."""
+        kept = torch.tensor(rows, device=self.device)
+        for part in (self.batches, self.optimizer, self.stack):
+            part.keep(kept)
+        self.views = _parameter_views(self.stack)
+        self.is_recorded = False
 
 
 def train_stack(
@@ -243,61 +322,54 @@ def train_stack(
     images = task.train_inputs.to(next(module.parameters()).dtype)
     batches = _Batches(rows, task, images, torch.device(device))
     states: list[State] = []
+    drawn = {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
     for recipe in rows:
         initialize(module, recipe)
-        states.append(
-            {n: t.clone() for n, t in module.state_dict().items() if t.is_floating_point()}
-        )
+        states.append({name: tensor.clone() for name, tensor in drawn.items()})
     diverged_at = [-1] * len(rows)
-    dropout = torch_generator("dropout", *(recipe["run"] for recipe in rows))
-    alive = list(range(len(rows)))
+    dropout = _dropout_generator(rows, device)
     stack = _make_stack(module, states, rows, dropout, device)
-    views = _parameter_views(stack)
-    optimizer = _Optimizer(rows, views, torch.device(device))
-    snapshot = stack.snapshot()
-    safe = [(snapshot, row) for row in alive]  # the last weights seen to give a finite loss
+    optimizer = _Optimizer(rows, _parameter_views(stack), torch.device(device))
+    steps = _Steps(stack, batches, optimizer, dropout)
+    alive = list(range(len(rows)))  # the run of each row of the stack
+    going = set(alive)
+    share = _going_share(device)
+    safe: list[tuple[State, int]] = []  # the last weights seen to give a finite loss
     last: dict[int, Tensor] = {}  # images of each run
     step = 0
-    while alive:
-        inputs, targets = batches.at(step)
-        logits = stack(inputs)
-        losses = (
-            F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            .view(len(alive), -1)
-            .mean(1)
-        )
-        finite = torch.isfinite(losses.detach()).tolist()
+    while going:
         if step % SNAPSHOT_STEPS == 0:
-            snapshot = stack.snapshot()
-            for row, whole in enumerate(stack.are_finite().tolist()):
-                if finite[row] and whole:
+            snapshot, whole = stack.snapshot(), stack.are_finite()
+            safe = safe or [(snapshot, row) for row in alive]
+        until = (
+            step + 1 if device == "cpu" else _next_look(step, [rows[i]["steps"] for i in going])
+        )
+        losses, inputs = steps.take(range(step, until))
+        finite = torch.isfinite(losses).T.tolist()
+        if step % SNAPSHOT_STEPS == 0:
+            for row, sound in enumerate(whole.tolist()):
+                if finite[row][0] and sound and alive[row] in going:
                     safe[alive[row]] = snapshot, row
-        gradients = torch.autograd.grad(losses.sum(), list(stack.parameters()))
-        optimizer.step(step, gradients)
-        torch._foreach_copy_(views, optimizer.parts)
-        step += 1
-        ended = [not finite[row] or rows[i]["steps"] <= step for row, i in enumerate(alive)]
-        if not any(ended):
-            continue
         for row, i in enumerate(alive):
-            if ended[row]:
-                source, at = (stack.stacked_state(), row) if finite[row] else safe[i]
-                states[i], last[i] = model_state(source, at), inputs[row]
-                if not finite[row]:
-                    diverged_at[i] = step - 1
-        keep = [row for row in range(len(alive)) if not ended[row]]
-        alive = [alive[row] for row in keep]
-        if alive:
-            rows_kept = torch.tensor(keep, device=device)
-            batches.keep(torch.tensor(keep))
-            optimizer.keep(rows_kept)
-            stack.keep(rows_kept)
-            views = _parameter_views(stack)
+            well = all(finite[row])
+            if i not in going or (well and rows[i]["steps"] > until):
+                continue
+            going.remove(i)
+            source, at = (stack.stacked_state(), row) if well else safe[i]
+            states[i], last[i] = model_state(source, at), inputs[row].clone()
+            if not well:
+                diverged_at[i] = step + finite[row].index(False)
+        step = until
+        keep = [row for row, i in enumerate(alive) if i in going]
+        if keep and len(keep) < len(alive) and len(keep) <= share * len(alive):
+            alive = [alive[row] for row in keep]
+            steps.keep(keep)
     seen = torch.stack([last[i] for i in range(len(rows))])
     for i, sound in enumerate(_are_sound(stack, states, seen)):
         if diverged_at[i] == -1 and not sound:
             states[i], diverged_at[i] = model_state(*safe[i]), rows[i]["steps"] - 1
-    return TrainedStack([{n: t.cpu() for n, t in state.items()} for state in states], diverged_at)
+    joined = {name: torch.stack([state[name] for state in states]).cpu() for name in drawn}
+    return TrainedStack([model_state(joined, row) for row in range(len(rows))], diverged_at)
 
 
 def _make_stack(
@@ -307,14 +379,29 @@ def _make_stack(
     dropout: torch.Generator,
     device: str,
 ) -> StackedModule:
-    stack = StackedModule(module, len(states)).to(device)
+    stack = stack_on(device, module, len(states))
     stack.load(states)
-    if torch.device(device).type != "cpu":
-        dropout = torch.Generator(device).manual_seed(
-            derive_seed(int(dropout.initial_seed()), device)
-        )
     stack.set_dropout(torch.tensor([row["dropout"] for row in rows], device=device), dropout)
     return stack.train()
+
+
+def _dropout_generator(rows: list[Recipe], device: str) -> torch.Generator:
+    generator = torch_generator("dropout", *(row["run"] for row in rows))
+    if torch.device(device).type == "cpu":
+        return generator
+    seed = derive_seed(int(generator.initial_seed()), torch.device(device).type)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _next_look(step: int, ends: list[int]) -> int:
+    """Up to which step a GPU computes before it is asked whether losses are finite."""
+    return min(step - step % SNAPSHOT_STEPS + SNAPSHOT_STEPS, *ends)
+
+
+def _going_share(device: str) -> float:
+    """Ended runs leave a stack when no more than this share of it goes on: leaving costs a GPU as
+    much as several steps."""
+    return 1.0 if torch.device(device).type == "cpu" else 0.7
 
 
 def _parameter_views(stack: StackedModule) -> list[Tensor]:
