@@ -28,7 +28,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from typing import Annotated, Any
 
@@ -67,8 +67,9 @@ HEADERS = (
 MACHINE_HEADERS = ("stacked", "plain", "one thread", "DataLoader", "x plain", "x DataLoader")
 DRAWN = 8  # shapes of the CNNs that are drawn
 GPU_STACK = 16  # times as many networks in a stack on a GPU
-GPU_RIVALS = 4  # networks of a stack that a rival trains on a GPU
 GPU_STEPS = 4  # times as long runs on a GPU: about as long as those of params.yaml
+GPU_WANTED = 50
+GPU_RIVALS = 4  # networks of a stack that a rival trains on a GPU
 SIZE = 1024  # of the matrices whose product tells the machine's rate
 
 
@@ -93,12 +94,12 @@ class Case:
         return f"{self.family} {size} x {size}, {shape}"
 
 
-def cases(width: int, depth: int) -> list[Case]:
+def cases(width: int, depth: int, device: torch.device) -> list[Case]:
     """The shapes that are measured."""
     cnn = {"width": [width], "depth": [depth]}
     drawn = load_section(FamilyConfig, "generate_zoo", "families", "cnn").arguments
     small: dict[str, list[Any]] = {"stem": ["small"]}
-    return [
+    found = [
         Case("cnn", "fashion", 16, 160, cnn, 4),
         Case("cnn", "digits", 16, 240, cnn, 8),
         Case("cnn", "fashion", 16, 80, drawn, 4, DRAWN),
@@ -106,13 +107,24 @@ def cases(width: int, depth: int) -> list[Case]:
         Case("resnet18", "fashion", 7, 160, {**small, "width": [0.125]}, 3),
         Case("mobilenet_v2", "fashion", 7, 160, {**small, "width": [0.25]}, 3),
     ]
+    if device.type == "cpu":
+        return found
+    return [
+        replace(
+            case,
+            stack=GPU_STACK * case.stack,
+            steps=GPU_STEPS * case.steps,
+            wanted=GPU_WANTED if case.family == "cnn" else case.wanted,
+        )
+        for case in found
+    ]
 
 
 def main(
     quick: Annotated[bool, typer.Option(help="One short round.")] = False,
     seed: Annotated[int, typer.Option(help="Of the recipes.")] = 0,
     rounds: Annotated[int, typer.Option(help="How often each side trains.")] = 3,
-    stack: Annotated[int, typer.Option(help="Networks in a stack [16; large families 7].")] = 0,
+    stack: Annotated[int, typer.Option(help="Networks in a stack [16; large 7; GPU x 16].")] = 0,
     width: Annotated[int, typer.Option(help="Channels of the CNN.")] = 16,
     depth: Annotated[int, typer.Option(help="Blocks of the CNN.")] = 3,
     batch: Annotated[int, typer.Option(help="Images in a batch.")] = 64,
@@ -130,14 +142,12 @@ def main(
     least = math.inf
     with reported():
         ranges = load_section(RecipeConfig, "generate_zoo", "ranges")
-        chosen = [case for case in cases(width, depth) if only in ("", case.family)]
+        chosen = [case for case in cases(width, depth, device) if only in ("", case.family)]
         if not chosen:
             raise ValueError(f"--only must be a measured family, however: it is {only}")
         for case in chosen:
-            usual = case.stack * (1 if device.type == "cpu" else GPU_STACK)
-            count = (stack or usual) if not quick else 4
-            longest = case.steps * (1 if device.type == "cpu" else GPU_STEPS)
-            longest = max(4, longest // 10) if quick else longest
+            count = (stack or case.stack) if not quick else 4
+            longest = max(4, case.steps // 10) if quick else case.steps
             turns = 1 if quick else rounds
             cells, ratio = (measure_machine if machine else measure)(
                 case, ranges, seed, turns, count, longest, batch
@@ -346,7 +356,7 @@ def train_loaded(
     indices, labels = training_subset(recipe, task)
     generator = torch.Generator().manual_seed(recipe["seed"])
     loader = DataLoader(
-        TensorDataset(images.cpu()[indices], labels),
+        TensorDataset(task.train_inputs[indices], labels),
         batch_size=min(recipe["batch_size"], len(labels)),
         shuffle=True,
         drop_last=True,

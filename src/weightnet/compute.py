@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's sums in a fixed order
+
 
 def single_thread() -> None:
     """Let this process compute with one thread.
@@ -39,6 +41,8 @@ def default_device() -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # where kernels run and graphs are recorded
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

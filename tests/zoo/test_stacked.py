@@ -127,9 +127,10 @@ def test_a_model_that_overflows_does_not_reach_its_neighbours(by_model: bool) ->
 
 
 @layouts
-def test_each_model_has_its_own_dropout(by_model: bool) -> None:
-    modules = plain_modules("cnn", batchnorm=False, dropout=0.5)
-    stack, x = stack_of(modules, by_model), images()
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_each_model_has_its_own_dropout(by_model: bool, kind: torch.dtype) -> None:
+    modules = [module.to(kind) for module in plain_modules("cnn", batchnorm=False, dropout=0.5)]
+    stack, x = stack_of(modules, by_model), images().to(kind)
     probabilities = torch.tensor([0.0, 0.2, 0.9])
     stack.set_dropout(probabilities, torch.Generator().manual_seed(1))
     first, second = stack.train()(x), stack(x)

@@ -23,6 +23,8 @@ from weightnet.zoo.training import (
     training_subset,
 )
 
+next_look = training._next_look
+
 
 def recipe(number: int, **changes: Any) -> dict[str, Any]:
     row = {
@@ -110,19 +112,21 @@ def test_a_stack_trains_like_its_runs_alone(shape: str, device: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
-def test_runs_that_leave_together_are_what_they_were_at_their_end(
-    device: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_looking_and_leaving_later_changes_nothing(
+    device: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [recipe(number, steps=2 + 7 * number) for number in range(5)]
-    rows[2]["learning_rate"] = 1e30
+    rows = [recipe(number, steps=2 + 7 * number) for number in range(6)]
+    rows[2]["learning_rate"], rows[5]["learning_rate"] = 1e30, 1e14
     table, task = pd.DataFrame(rows), load_task("digits")
-    module = build("cnn", size=8, width=4, depth=2).double()
+    module = build("cnn", size=8, width=4, depth=2, batchnorm=True).double()
     at_once = train_stack(module, table, task)
-    monkeypatch.setattr(training, "_going_share", lambda device: 0.3)
-    together = train_stack(module, table, task, device)
-    assert at_once.diverged_at == together.diverged_at
-    assert together.diverged_at[2] >= 0
-    for one, other in zip(at_once.states, together.states, strict=True):
+    monkeypatch.setattr(training, "_going_share", lambda device: share)
+    monkeypatch.setattr(training, "_next_look", lambda _, *rest: next_look("cuda", *rest))
+    later = train_stack(module, table, task, device)
+    assert at_once.diverged_at == later.diverged_at
+    assert later.diverged_at[2] >= 0
+    for one, other in zip(at_once.states, later.states, strict=True):
         for name, tensor in one.items():
             torch.testing.assert_close(tensor, other[name], rtol=1e-6, atol=1e-8)
 

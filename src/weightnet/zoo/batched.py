@@ -4,8 +4,8 @@ Maps are [S * B, channels, height, width], model after model, channels last in m
 convolution is a product of matrices for each model: patches [B * height' * width', K * K *
 inputs] times weights [K * K * inputs, outputs]. Grouped convolutions, which the CPU runs well,
 leave most of a GPU idle at these sizes. Every operation has a fixed order of summation: the same
-stack gives the same bytes on one kind of GPU. Parameters are those of `weightnet.zoo.stacked`,
-[S * d0, ...].
+stack gives the same bytes on one kind of GPU, with Triton or without. Parameters are those of
+`weightnet.zoo.stacked`, [S * d0, ...].
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
+import shutil
+import sysconfig
+from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 NOWHERE = 255  # no pixel of a window gets a gradient
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch for CUDA brings it
 
 
 class Convolution(torch.autograd.Function):
@@ -43,7 +47,7 @@ class Convolution(torch.autograd.Function):
         size = [(pixels + 2 * padding - kernel) // stride + 1 for pixels in x.shape[2:]]
         y = _convolve(maps, matrix, bias, (kernel, stride, 1, padding, *size))
         ctx.save_for_backward(maps, weight)
-        ctx.arguments = (bias is not None, stack, stride, padding)
+        ctx.arguments = (stack, stride, padding)
         return y.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -51,25 +55,38 @@ class Convolution(torch.autograd.Function):
         """The gradient of x is a convolution of the gradient, spread by the stride, with the
         weights turned around."""
         maps, weight = ctx.saved_tensors
-        has_bias, stack, stride, padding = ctx.arguments
+        stack, stride, padding = ctx.arguments
         kernel = weight.shape[2]
         slopes = gradient.permute(0, 2, 3, 1).contiguous()
-        to_weight = _weights_gradient(maps, slopes, stack, kernel, stride, padding)
-        to_weight = to_weight.unflatten(1, (kernel, kernel, -1)).permute(0, 4, 3, 1, 2)
-        to_bias = slopes.view(stack, -1, slopes.shape[3]).sum(1).flatten() if has_bias else None
-        to_x = None
+        to_x = to_weight = to_bias = None
+        if ctx.needs_input_grad[1]:
+            sums = _weights_gradient(maps, slopes, stack, kernel, stride, padding)
+            sums = sums.unflatten(1, (kernel, kernel, -1)).permute(0, 4, 3, 1, 2)
+            to_weight = sums.reshape(weight.shape)
+        if ctx.needs_input_grad[2]:
+            to_bias = slopes.view(stack, -1, slopes.shape[3]).sum(1).flatten()
         if ctx.needs_input_grad[0]:
             turned = weight.view(stack, -1, *weight.shape[1:]).flip(3, 4).permute(0, 3, 4, 1, 2)
             geometry = (kernel, 1, stride, kernel - 1 - padding, *maps.shape[1:3])
             to_x = _convolve(slopes, turned, None, geometry).permute(0, 3, 1, 2)
-        return to_x, to_weight.reshape(weight.shape), to_bias, None, None, None
+        return to_x, to_weight, to_bias, None, None, None
 
 
 def _kernels(x: Tensor) -> Any:
     """The kernels for maps like x, if there are any."""
-    if x.device.type != "cuda" or x.dtype != torch.float32 or not _HAS_TRITON:
+    if x.device.type != "cuda" or x.dtype != torch.float32 or not _has_triton():
         return None
     return importlib.import_module("weightnet.zoo.triton_kernels")
+
+
+@cache
+def _has_triton() -> bool:
+    """Whether there is Triton, which torch for CUDA brings, and the C compiler and Python headers
+    that it needs."""
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    found = any(shutil.which(compiler) for compiler in compilers) and headers.exists()
+    return found and importlib.util.find_spec("triton") is not None
 
 
 def _convolve(
@@ -113,7 +130,7 @@ def _patches(
 ) -> Tensor:
     """[N, height, width, channels] -> [N, h', w', K, K, channels]."""
     count, height, width, channels = maps.shape
-    extents = [max((pixels - 1) * up + kernel, 1) for pixels in size]
+    extents = [(pixels - 1) * up + kernel for pixels in size]
     rooms = [
         max(extent, padding + (pixels - 1) * down + 1)
         for extent, pixels in zip(extents, (height, width), strict=True)
@@ -236,7 +253,7 @@ class BatchedMaxPool2d(nn.Module):
         self.pool, self.rectify = pool, rectify
         self.floor = 0.0 if rectify else math.nan
         self.size = pool.kernel_size if isinstance(pool.kernel_size, int) else 0
-        self.plain = str(pool) == str(nn.MaxPool2d(self.size))
+        self.plain = 0 < self.size < 16 and str(pool) == str(nn.MaxPool2d(self.size))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, channels, h, w] -> [N, channels, h', w']."""

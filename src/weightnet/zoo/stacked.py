@@ -135,7 +135,8 @@ class StackedDropout(nn.Module):
             return x
         keep = self.kept
         if isinstance(self.numbers, Uniform):
-            if fused.is_channels_last(x) and x.dtype == keep.dtype:
+            in_one_pass = fused.is_channels_last(x) and x.dtype == keep.dtype
+            if in_one_pass and not self.by_model:
                 return cast(Tensor, Dropout.apply(x, self.numbers, keep))
             uniform = self.numbers.rand(x.shape)
             if x.ndim == 4:
@@ -446,11 +447,6 @@ class StackedModule(nn.Module):
         for name, view in self.stacked_state().items():
             view.copy_(torch.stack([state[name] for state in states]))
 
-    def are_finite(self) -> Tensor:
-        """Whether each model's state is finite, [S]."""
-        found = [torch.isfinite(t.flatten(1)).all(1) for t in self.stacked_state().values()]
-        return torch.stack(found).all(0)
-
     def snapshot(self) -> State:
         """A copy of `stacked_state`."""
         return {name: tensor.clone() for name, tensor in self.stacked_state().items()}
@@ -465,6 +461,11 @@ def stack_on(device: torch.device | str, module: nn.Module, stack: int) -> Stack
     """A stack on a device, in the layout that it computes fastest."""
     device = torch.device(device)
     return StackedModule(module, stack, by_model=device.type != "cpu").to(device)
+
+
+def are_finite(stacked: State) -> Tensor:
+    """Whether each model's state is finite, [S], of tensors [S, d0, ...]."""
+    return torch.stack([torch.isfinite(t.flatten(1)).all(1) for t in stacked.values()]).all(0)
 
 
 def model_state(stacked: State, row: int) -> State:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from weightnet.randomness import derive_seed, numpy_generator, torch_generator
 from weightnet.tasks import Task
 from weightnet.zoo import fused
-from weightnet.zoo.stacked import StackedModule, State, model_state, stack_on
+from weightnet.zoo.stacked import StackedModule, State, are_finite, model_state, stack_on
 
 MOMENTUM = 0.9
 BETA_SQUARE = 0.999
@@ -119,7 +119,7 @@ class _Batches:
         seen = (stack, max(recipe["steps"] for recipe in recipes), recipes[0]["batch_size"])
         indices, labels = (torch.zeros(stack, most, dtype=torch.int64) for _ in range(2))
         positions = torch.zeros(seen, dtype=torch.int32)
-        offsets = torch.zeros((*seen, 2), dtype=torch.int8)
+        offsets = torch.zeros((*seen, 2), dtype=torch.int16)
         for row, recipe in enumerate(recipes):
             chosen, drawn = training_subset(recipe, task)
             indices[row, : len(chosen)], labels[row, : len(drawn)] = chosen, drawn
@@ -182,6 +182,8 @@ class _Optimizer:
         angles = column([math.pi * t for t in range(max(steps))]).T * column(steps).reciprocal()
         self.rates = rates * 0.5 * (1 + torch.cos(angles))  # [S, steps]
         self.shrinkages = 1 - self.rates * decoupled  # what weight decay leaves
+        corrections = zip(*map(_corrections, range(max(steps))), strict=True)
+        self.corrections = [column(list(values)).T for values in corrections]  # [1, steps] each
         self.shapes = [p.shape[1:] for p in parameters]
         self.weights = torch.cat([p.detach().flatten(1) for p in parameters], dim=1)
         self.first = torch.zeros_like(self.weights)
@@ -207,7 +209,7 @@ class _Optimizer:
         """What `step` does, in calls of torch, with ``t`` on the device, int64 [1]; ``gradient``
         [S, parameters] is spoilt."""
         rate, shrinkage = (values.index_select(1, t) for values in (self.rates, self.shrinkages))
-        first_sum, second_sum = (c.to(gradient.dtype) for c in _corrections(t.double()))
+        first_sum, second_sum = (values.index_select(1, t) for values in self.corrections)
         gradient.addcmul_(self.weights, self.coupled)
         self.first.mul_(MOMENTUM).addcmul_(gradient, self.gain)
         self.second.mul_(BETA_SQUARE).addcmul_(gradient, gradient, value=1 - BETA_SQUARE)
@@ -231,7 +233,7 @@ class _Optimizer:
         self._view()
 
 
-def _corrections(t: Any) -> tuple[Any, Any]:
+def _corrections(t: int) -> tuple[float, float]:
     """Of the first and second moment, which start from 0."""
     return 1 - MOMENTUM ** (t + 1), 1 - BETA_SQUARE ** (t + 1)
 
@@ -257,6 +259,7 @@ class _Steps:
         self.count = torch.zeros(1, dtype=torch.int64, device=self.device)  # of steps taken
         self.is_first, self.is_recorded = True, False
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.recorded: tuple[Tensor, Tensor]  # what the graph computes
 
     def take(self, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The losses [steps, S] before each update, and the images of the last step [S, B,
@@ -333,35 +336,35 @@ def train_stack(
     steps = _Steps(stack, batches, optimizer, dropout)
     alive = list(range(len(rows)))  # the run of each row of the stack
     going = set(alive)
-    share = _going_share(device)
-    safe: list[tuple[State, int]] = []  # the last weights seen to give a finite loss
+    snapshot = stack.snapshot()
+    safe = [(snapshot, row) for row in alive]  # the last weights seen to give a finite loss
     last: dict[int, Tensor] = {}  # images of each run
     step = 0
     while going:
-        if step % SNAPSHOT_STEPS == 0:
-            snapshot, whole = stack.snapshot(), stack.are_finite()
-            safe = safe or [(snapshot, row) for row in alive]
-        until = (
-            step + 1 if device == "cpu" else _next_look(step, [rows[i]["steps"] for i in going])
-        )
+        until = _next_look(device, step, [rows[i]["steps"] for i in going])
+        snapshot = stack.snapshot() if step % SNAPSHOT_STEPS == 0 else {}
         losses, inputs = steps.take(range(step, until))
         finite = torch.isfinite(losses).T.tolist()
-        if step % SNAPSHOT_STEPS == 0:
-            for row, sound in enumerate(whole.tolist()):
-                if finite[row][0] and sound and alive[row] in going:
+        state = stack.stacked_state()
+        if snapshot:  # the weights that gave this loss, and the statistics that it left
+            kept = {name for name, _ in stack.module.named_parameters()}
+            snapshot |= {name: t.clone() for name, t in state.items() if name not in kept}
+            for row, whole in enumerate(are_finite(snapshot).tolist()):
+                if finite[row][0] and whole and alive[row] in going:
                     safe[alive[row]] = snapshot, row
         for row, i in enumerate(alive):
             well = all(finite[row])
             if i not in going or (well and rows[i]["steps"] > until):
                 continue
             going.remove(i)
-            source, at = (stack.stacked_state(), row) if well else safe[i]
-            states[i], last[i] = model_state(source, at), inputs[row].clone()
+            safe[i] = {name: t[None] for name, t in model_state(*safe[i]).items()}, 0
+            states[i] = model_state(state, row) if well else model_state(*safe[i])
+            last[i] = inputs[row].clone()
             if not well:
                 diverged_at[i] = step + finite[row].index(False)
         step = until
         keep = [row for row, i in enumerate(alive) if i in going]
-        if keep and len(keep) < len(alive) and len(keep) <= share * len(alive):
+        if keep and len(keep) < len(alive) and len(keep) <= _going_share(device) * len(alive):
             alive = [alive[row] for row in keep]
             steps.keep(keep)
     seen = torch.stack([last[i] for i in range(len(rows))])
@@ -393,9 +396,13 @@ def _dropout_generator(rows: list[Recipe], device: str) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def _next_look(step: int, ends: list[int]) -> int:
-    """Up to which step a GPU computes before it is asked whether losses are finite."""
-    return min(step - step % SNAPSHOT_STEPS + SNAPSHOT_STEPS, *ends)
+def _next_look(device: str, step: int, ends: list[int]) -> int:
+    """Up to which step to compute before losses are looked at, which makes a GPU wait: the first
+    step after a snapshot, then all up to the next or to a run's end."""
+    rest = step % SNAPSHOT_STEPS
+    if rest == 0 or torch.device(device).type == "cpu":
+        return step + 1
+    return min(step - rest + SNAPSHOT_STEPS, *ends)
 
 
 def _going_share(device: str) -> float:

@@ -16,7 +16,6 @@ from torch import Tensor
 PIXELS = 128  # of a tile; 64 where it has sums for each of a row of taps
 FEW = 3  # input channels, which fill no tile of tensor cores
 PROGRAMS = 1024  # that keep a GPU busy
-NOWHERE = 255  # no pixel of the window gets a gradient
 _SIZES = [
     *("pixels", "height", "width", "high", "wide", "up", "stride", "padding", "length", "parts")
 ]
@@ -271,7 +270,7 @@ def _store(out, sums, right, inputs, outputs, channel, o, few: tl.constexpr):
 def pool(maps: Tensor, size: int, floor: float) -> tuple[Tensor, Tensor]:
     """The maxima of windows of size x size [N, h // size, w // size, channels], and which pixel
     of its window each is, uint8; a maximum that does not exceed ``floor`` becomes it (NaN:
-    none)."""
+    none), and is no pixel: 255."""
     count, height, width, channels = maps.shape
     out = maps.new_empty(count, height // size, width // size, channels)
     chosen = torch.empty_like(out, dtype=torch.uint8)
@@ -280,7 +279,7 @@ def pool(maps: Tensor, size: int, floor: float) -> tuple[Tensor, Tensor]:
     return out, chosen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "height", "width"])
 def _pool(
     maps,
     out,
@@ -322,7 +321,7 @@ def unpool(gradient: Tensor, chosen: Tensor, size: int, height: int, width: int)
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "height", "width"])
 def _unpool(
     gradient,
     chosen,
