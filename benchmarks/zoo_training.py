@@ -104,7 +104,9 @@ def cases(width: int, depth: int, device: torch.device) -> list[Case]:
         Case("cnn", "digits", 16, 240, cnn, 8),
         Case("cnn", "fashion", 16, 80, drawn, 4, DRAWN),
         Case("cnn", "digits", 16, 120, drawn, 8, DRAWN),
+        Case("resnet18", "fashion", 7, 160, {**small, "width": [0.0625]}, 3),
         Case("resnet18", "fashion", 7, 160, {**small, "width": [0.125]}, 3),
+        Case("mobilenet_v2", "fashion", 7, 160, {**small, "width": [0.125]}, 3),
         Case("mobilenet_v2", "fashion", 7, 160, {**small, "width": [0.25]}, 3),
     ]
     if device.type == "cpu":
