@@ -1,8 +1,12 @@
-"""Peak memory of tokenizing, reading and fitting zoos of 1,000, 5,000 and 20,000 small networks.
+"""Peak memory of every stage on zoos of 1,000, 5,000 and 20,000 small networks.
 
-Random weights are written as token shards the way tokenize_zoo does, stack after stack, then
-streamed (`iter_tokens`), read as WeightNet reads them (`TokenReader`: features and messages of
-every token, standardized) and fitted for one epoch without trees, every tenth network held out.
+Recipes are drawn and their stacks planned (training then holds one stack in a process, whatever
+the zoo's size). Random weights are written as token shards the way tokenize_zoo does, stack after
+stack, then streamed (`iter_tokens`), read as WeightNet reads them (`TokenReader`: features and
+messages of every token, standardized) and fitted for one epoch without trees, every tenth network
+held out. Random predictions of two properties by two predictors, three seeds, are scored as
+evaluate does.
+
 Each step runs in a process of its own; the peak is what it holds beyond a process that has
 imported the package: all its pages, and in brackets its own alone, without those of mapped files,
 which the system drops or writes out when it needs the room. The last line is the peak of a fit's
@@ -17,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +34,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from weightnet.command import load_section
 from weightnet.compute import single_thread
+from weightnet.evaluation.scores import ScoresConfig, scores
 from weightnet.predictors.fitting import FitConfig
 from weightnet.predictors.weightnet import TokenReader, WeightNetConfig
 from weightnet.predictors.weightnet import build as build_predictor
@@ -43,6 +50,9 @@ from weightnet.tokens import (
     write_tokens,
 )
 from weightnet.zoo.architectures import build
+from weightnet.zoo.properties import TrainingConfig
+from weightnet.zoo.recipes import FamilyConfig, RecipeConfig, sample_recipes
+from weightnet.zoo.stacks import plan_stacks
 
 SIZES = (1_000, 5_000, 20_000)
 CONFIG = WeightNetConfig(trees=0, fit=FitConfig(epochs=1))
@@ -63,21 +73,37 @@ def main(
     table = Table(
         title=f"peak memory (own pages), MB, and seconds: CNNs of width {width}, depth {depth}"
     )
-    for header in ("networks", "shards", "tokenize", "stream", "read", "fit"):
+    for header in ("networks", "shards", "plan", "tokenize", "stream", "read", "fit", "score"):
         table.add_column(header, justify="right")
     peaks = []
     with tempfile.TemporaryDirectory() as temporary:
         for count in sizes:
             folder = Path(temporary) / str(count)
-            found = [
-                apart(step, folder, count, seed, shape) for step in (write, stream, read, fit)
-            ]
+            steps = (plan, write, stream, read, fit, score)
+            found = [apart(step, folder, count, seed, shape) for step in steps]
             stored = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
             cells = [f"{peak:.0f} ({own:.0f}), {time:.1f} s" for peak, own, time in found]
             table.add_row(f"{count:,}", f"{stored:.1f} MB", *cells)
-            peaks.append(found[-1][1])
-    Console(width=max(Console().width, 100)).print(table)
+            peaks.append(found[steps.index(fit)][1])
+    Console(width=max(Console().width, 130)).print(table)
     print(f"{peaks[-1] / max(peaks[0], 1):.2f}")
+
+
+def plan(folder: Path, count: int, seed: int, shape: Shape) -> None:
+    """Draw recipes, and plan the stacks to train."""
+    ranges = load_section(RecipeConfig, "generate_zoo", "ranges")
+    family = FamilyConfig(
+        runs=count,
+        runs_per_shape=STACK,
+        batch_size=[32],
+        steps=[150, 900],
+        arguments={"width": [shape[0]], "depth": [shape[1]]},
+    )
+    recipes = sample_recipes("cnn", family, ranges)
+    config = load_section(TrainingConfig, "train_zoo")
+    stacks = plan_stacks(recipes, config.properties, config.measure, folder)
+    if sum(len(stack.recipes) for stack in stacks) != count:
+        raise ValueError(f"{count} runs must be planned, however: {len(stacks)} stacks")
 
 
 def write(folder: Path, count: int, seed: int, shape: Shape) -> None:
@@ -126,6 +152,30 @@ def fit(folder: Path, count: int, seed: int, shape: Shape) -> None:
     held_out = np.arange(count) % 10 == 0
     predictor = build_predictor("weightnet", CONFIG, ["test_accuracy"], seed)
     predictor.fit(networks.select(~held_out), networks.select(held_out))
+
+
+def score(folder: Path, count: int, seed: int, shape: Shape) -> None:
+    """Score predictions of a fifth of the networks in each seed."""
+    generator, properties = np.random.default_rng(seed), ("test_accuracy", "generalization_gap")
+    runs = np.array([f"{number:016x}" for number in range(count)])
+    networks = pd.DataFrame({"run": runs, "family": "cnn"})
+    for name in properties:
+        for prefix in ("property", "half_a", "half_b"):
+            networks[f"{prefix}.{name}"] = generator.random(count)
+    parts = []
+    for predictor, name, fit_seed in product(("weightnet", "gbm"), properties, range(3)):
+        rows = np.arange(fit_seed, count, 5)
+        part = pd.DataFrame({"run": runs[rows], "predicted": generator.random(len(rows))})
+        part["measured"] = networks[f"property.{name}"].to_numpy()[rows]
+        part["low"], part["high"] = part["predicted"] - 0.3, part["predicted"] + 0.3
+        parts.append(
+            part.assign(
+                predictor=predictor, split="iid", seed=fit_seed, property=name, part="test"
+            )
+        )
+    found = scores(pd.concat(parts, ignore_index=True), networks, ScoresConfig())
+    if not found["value"].notna().any():
+        raise ValueError("scores must be numbers, however: none is")
 
 
 def architecture(shape: Shape) -> tuple[PermutationSpec, torch.nn.Module]:
