@@ -85,7 +85,7 @@ def main(
             cells = [f"{peak:.0f} ({own:.0f}), {time:.1f} s" for peak, own, time in found]
             table.add_row(f"{count:,}", f"{stored:.1f} MB", *cells)
             peaks.append(found[steps.index(fit)][1])
-    Console(width=max(Console().width, 130)).print(table)
+    Console(width=max(Console().width, 140)).print(table)
     print(f"{peaks[-1] / max(peaks[0], 1):.2f}")
 
 
