@@ -12,13 +12,6 @@ from torch.nn import functional as F
 from weightnet.zoo.batched import Convolution, MaxPool
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
-    return str(request.param)
-
-
 @pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 @pytest.mark.parametrize(
     ("inputs", "outputs", "size", "kernel", "stride", "padding"),

@@ -4,7 +4,7 @@ Maps are [S * B, channels, height, width], model after model, channels last in m
 convolution is a product of matrices for each model: patches [B * height' * width', K * K *
 inputs] times weights [K * K * inputs, outputs]. Grouped convolutions, which the CPU runs well,
 leave most of a GPU idle at these sizes. Every operation has a fixed order of summation: the same
-stack gives the same bytes on one kind of GPU, with Triton or without. Parameters are those of
+stack gives the same bytes on one kind of GPU; other ones without Triton. Parameters are those of
 `weightnet.zoo.stacked`, [S * d0, ...].
 """
 

@@ -345,22 +345,26 @@ def train_stack(
         snapshot = stack.snapshot() if step % SNAPSHOT_STEPS == 0 else {}
         losses, inputs = steps.take(range(step, until))
         finite = torch.isfinite(losses).T.tolist()
-        state = stack.stacked_state()
         if snapshot:  # the weights that gave this loss, and the statistics that it left
             kept = {name for name, _ in stack.module.named_parameters()}
+            state = stack.stacked_state()
             snapshot |= {name: t.clone() for name, t in state.items() if name not in kept}
             for row, whole in enumerate(are_finite(snapshot).tolist()):
                 if finite[row][0] and whole and alive[row] in going:
                     safe[alive[row]] = snapshot, row
-        for row, i in enumerate(alive):
-            well = all(finite[row])
-            if i not in going or (well and rows[i]["steps"] > until):
-                continue
+        well = [all(found) for found in finite]
+        ended = [
+            (row, i)
+            for row, i in enumerate(alive)
+            if i in going and not (well[row] and rows[i]["steps"] > until)
+        ]
+        state = stack.stacked_state() if ended else {}
+        for row, i in ended:
             going.remove(i)
             safe[i] = {name: t[None] for name, t in model_state(*safe[i]).items()}, 0
-            states[i] = model_state(state, row) if well else model_state(*safe[i])
+            states[i] = model_state(state, row) if well[row] else model_state(*safe[i])
             last[i] = inputs[row].clone()
-            if not well:
+            if not well[row]:
                 diverged_at[i] = step + finite[row].index(False)
         step = until
         keep = [row for row, i in enumerate(alive) if i in going]
